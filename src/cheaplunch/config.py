@@ -1,0 +1,217 @@
+"""Every setting once, with its unit, its default and where the papers speak of it.
+
+A run's `config.yaml` is these dataclasses, resolved; the command line is built from them, so that a
+flag, a line of YAML and a field are one thing. A method is a row of `METHODS`: named values for some of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from cheaplunch.errors import UserError
+
+
+def setting(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is read and which slices of it are the exemplars."""
+
+    data: Path = setting(Path(), "folder with the labelled images (nnU-Net raw layout)")
+    axis: Literal["axial", "coronal", "sagittal"] = setting("axial", "which slices of a volume are used")
+    window: tuple[float, float] | None = setting(
+        None,
+        "intensities that become 0 and 1, as in '[-125, 275]' for CT (§3.1); "
+        "default: a CT window, 0..255 for 8-bit images, otherwise percentiles of each volume",
+    )
+    exemplars: int = setting(9, "labelled slices to learn from (§3.2)")
+    strategy: Literal["auto", "most-classes", "random"] = setting(
+        "auto", "how they are chosen (§3.2): most-classes, or random among slices with at least 10 px of foreground"
+    )
+    exemplar_file: Path | None = setting(None, "CSV with the columns case,slice that names the exemplars instead")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The network and what of it is trained (§2.2)."""
+
+    backbone: str = setting("lite-medsam", "pretrained network, by name")
+    weights: Path | None = setting(None, "checkpoint file of that backbone; default: the published one")
+    image_size: int | None = setting(
+        None, "side of the square network input in px; default: the backbone's, or half of it for images up to 96 px"
+    )
+    tuning: Literal["lora", "none"] = setting("lora", "what is trained: LoRA with the decoder's outputs, or nothing")
+    lora_rank: int = setting(4, "rank r of the LoRA updates (§2.2)")
+    head_start: Literal["pretrained", "fresh"] = setting(
+        "pretrained", "where the two outputs start: at SAM's own mask (zero-shot), or at random as SAMed's"
+    )
+
+
+@dataclass(frozen=True)
+class SynthesisConfig:
+    """Ranges of the transforms of Eq. 1–3; the paper names the transforms but not their ranges."""
+
+    synthetic: int = setting(1800, "size of the synthesized set (§3.3: 1800 for Synapse, 4500 for BraTS)")
+    real_share: float = setting(
+        0.5, "share of the set that is an exemplar itself, transformed as a whole, instead of pasted (paper: not stated)"
+    )
+    rotation_deg: float = setting(15.0, "largest rotation, either way")
+    scale: float = setting(0.15, "largest relative change of size, either way")
+    shift: float = setting(0.04, "largest move of a pasted organ, either way, as a share of the image side")
+    flip: float = setting(0.25, "probability of a left-right flip, and of an up-down flip")
+    blur_px: float = setting(1.0, "largest standard deviation of the Gaussian blur, in px of the network input")
+    intensity: float = setting(0.2, "largest change of brightness (added) and of contrast and gamma (relative)")
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Loss, optimiser and schedule (§3.3)."""
+
+    steps: int = setting(300, "optimiser steps")
+    batch_size: int = setting(4, "images a step")
+    prompts_per_image: int = setting(4, "(class, point) pairs on each image, which share one pass of the encoder")
+    learning_rate: float = setting(1e-3, "of AdamW (§3.3)")
+    weight_decay: float = setting(0.01, "of AdamW, on everything but biases and norms (paper: not stated)")
+    warmup_steps: int = setting(20, "steps in which the learning rate rises (§3.3: number not stated)")
+    final_lr: float = setting(0.02, "learning rate at the last step, relative, reached by exponential decay (§3.3)")
+    ce_weight: float = setting(1.0, "λ1 of the loss (§3.3)")
+    dice_weight: float = setting(0.8, "λ2 of the loss (§3.3)")
+    precision: Literal["auto", "fp32", "bf16"] = setting("auto", "auto: bf16 where the processor has it")
+    checkpoint_every: int = setting(100, "steps between checkpoints for --resume")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A fine-tuning run, whole."""
+
+    method: str = "cheap-lunch"
+    seed: int = setting(0, "of every random choice; equal seeds give equal adapters on the same machine")
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", "where to compute")
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    synthesis: SynthesisConfig = field(default_factory=SynthesisConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+
+
+GROUPS: dict[str, type] = {
+    "data": DataConfig,
+    "model": ModelConfig,
+    "synthesis": SynthesisConfig,
+    "training": TrainingConfig,
+}
+
+# A method is these values in place of the defaults above; flags and YAML still override them.
+METHODS: dict[str, dict[str, Any]] = {
+    "cheap-lunch": {},
+    "zero-shot": {"tuning": "none"},
+}
+
+
+def settings() -> dict[str, tuple[str | None, dataclasses.Field]]:
+    """Every setting's name → (its group, or None at the top; its field)."""
+    named: dict[str, tuple[str | None, dataclasses.Field]] = {
+        item.name: (None, item) for item in dataclasses.fields(RunConfig) if "help" in item.metadata
+    }
+    for group, kind in GROUPS.items():
+        named |= {item.name: (group, item) for item in dataclasses.fields(kind)}
+    return named
+
+
+def build_config(method: str, values: Mapping[str, Any]) -> RunConfig:
+    """A run of `method` with `values` (setting name → value) in place of the method's own."""
+    if method not in METHODS:
+        raise UserError(f"--method {method} is not known; choose one of: {', '.join(METHODS)}")
+    merged = {**METHODS[method], **values}
+    known = settings()
+    unknown = sorted(merged.keys() - known.keys())
+    if unknown:
+        raise UserError(f"there is no setting {unknown[0]}; `cheaplunch finetune --help` lists them")
+    grouped: dict[str, dict[str, Any]] = {group: {} for group in GROUPS}
+    top: dict[str, Any] = {}
+    for name, value in merged.items():
+        group = known[name][0]
+        (grouped[group] if group else top)[name] = value
+    config = RunConfig(method=method, **top, **{group: GROUPS[group](**grouped[group]) for group in GROUPS})
+    check(config)
+    return config
+
+
+def check(config: RunConfig) -> None:
+    """Raises UserError for a value no run can have."""
+    positive = {
+        "--exemplars": config.data.exemplars,
+        "--synthetic": config.synthesis.synthetic,
+        "--steps": config.training.steps,
+        "--batch-size": config.training.batch_size,
+        "--prompts-per-image": config.training.prompts_per_image,
+        "--lora-rank": config.model.lora_rank,
+        "--learning-rate": config.training.learning_rate,
+        "--checkpoint-every": config.training.checkpoint_every,
+        "--final-lr": config.training.final_lr,
+    }
+    for flag, value in positive.items():
+        if value <= 0:
+            raise UserError(f"{flag} is {value}; it must be above 0")
+    for flag, share in {"--real-share": config.synthesis.real_share, "--flip": config.synthesis.flip}.items():
+        if not 0 <= share <= 1:
+            raise UserError(f"{flag} is {share}; it is a share between 0 and 1")
+    size = config.model.image_size
+    if size is not None and (size < 32 or size % 16):
+        raise UserError(f"--image-size is {size}; it must be a multiple of 16, at least 32")
+    window = config.data.window
+    if window is not None and window[0] >= window[1]:
+        raise UserError(f"--window is {list(window)}; its first value must be the smaller one")
+
+
+def as_values(config: RunConfig) -> dict[str, Any]:
+    """The run's settings by name, in plain types; `build_config` turns them back."""
+    values: dict[str, Any] = {"method": config.method, "seed": config.seed, "device": config.device}
+    for group in GROUPS:
+        values |= dataclasses.asdict(getattr(config, group))
+    return {name: _plain(value) for name, value in values.items()}
+
+
+def save_config(config: RunConfig, path: Path) -> None:
+    path.write_text(yaml.safe_dump(as_values(config), sort_keys=False), encoding="utf-8")
+
+
+def load_config(path: Path) -> RunConfig:
+    """The run that `save_config` wrote."""
+    values = read_yaml(path)
+    method = values.pop("method", None)
+    if method is None:
+        raise UserError(f"{path} has no line `method:`; is it the config.yaml of a run?")
+    return build_config(method, values)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Setting name → value; names may be written as flags are (`image-size`)."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); give an existing YAML file") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML ({str(error).splitlines()[0]})") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is not a list of `setting: value` lines")
+    return {str(name).replace("-", "_"): _typed(str(name).replace("-", "_"), value) for name, value in values.items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _typed(name: str, value: Any) -> Any:
+    if name in {"data", "weights", "exemplar_file"} and value is not None:
+        return Path(value)
+    return tuple(value) if isinstance(value, list) else value

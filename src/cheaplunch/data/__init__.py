@@ -1,0 +1,1 @@
+"""From files to slices and back: no model is known here."""

@@ -1,0 +1,255 @@
+"""Volume ↔ slices: window, axis, the model's square and its exact inverse, and the index of class areas."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, TypeVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from cheaplunch.data.layouts import Case, Dataset
+from cheaplunch.data.volume import Volume, read_label, read_volume, stored_range
+from cheaplunch.errors import UserError
+
+Axis = Literal["axial", "coronal", "sagittal"]
+Array = TypeVar("Array", np.ndarray, torch.Tensor)
+
+CT_WINDOW_HU = (-160.0, 240.0)  # soft tissue of the abdomen
+
+
+# -------------------------------------------------------------------- intensities
+
+
+@dataclass(frozen=True)
+class Window:
+    """How intensities become [0, 1]: fixed limits, or percentiles of each channel of each volume."""
+
+    low: float | None = None
+    high: float | None = None  # both or neither
+    percentiles: tuple[float, float] = (0.5, 99.5)
+
+    def __call__(self, array: np.ndarray) -> np.ndarray:
+        """(C, Z, Y, X) → the same, float32 in [0, 1]; a constant channel becomes 0."""
+        return np.stack([self._one(channel) for channel in array])
+
+    def _one(self, channel: np.ndarray) -> np.ndarray:
+        low, high = (self.low, self.high) if self.low is not None else self._limits(channel)
+        if high <= low:
+            return np.zeros(channel.shape, np.float32)
+        return np.clip((channel - np.float32(low)) / np.float32(high - low), 0, 1, dtype=np.float32)
+
+    def _limits(self, channel: np.ndarray) -> tuple[float, float]:
+        """Over the voxels that are not 0 where more than 1 % are exactly 0 (air, not tissue)."""
+        tissue = channel[channel != 0]
+        if tissue.size == 0 or tissue.size >= 0.99 * channel.size:
+            tissue = channel
+        low, high = np.percentile(tissue, self.percentiles)
+        return float(low), float(high)
+
+
+def default_window(dataset: Dataset) -> Window:
+    """CT has a scale of its own and so have 8-bit pictures; everything else goes by percentiles."""
+    if all(name.strip().upper() == "CT" for name in dataset.channel_names):
+        return Window(*CT_WINDOW_HU)
+    return Window(*(stored_range(dataset.cases[0].images[0]) or (None, None)))
+
+
+def as_rgb(image: Array) -> Array:
+    """(…, C, H, W) → (…, 3, H, W): one channel is repeated, of two the second is; more lose the rest."""
+    channels = image.shape[-3]
+    return image[..., {1: [0, 0, 0], 2: [0, 1, 1]}.get(channels, [0, 1, 2]), :, :]
+
+
+# -------------------------------------------------------------------- axes
+
+
+def to_slices(array: np.ndarray, axis: Axis) -> np.ndarray:
+    """(…, Z, Y, X) → (N, …, H, W), a view, as radiologists see it.
+
+    axial: H towards posterior, W towards left. coronal: superior on top, W towards left. sagittal: superior
+    on top, W towards posterior.
+    """
+    if axis == "axial":
+        return np.moveaxis(array, -3, 0)
+    upright = array[..., ::-1, :, :]
+    return np.moveaxis(upright, {"coronal": -2, "sagittal": -1}[axis], 0)
+
+
+def from_slices(slices: np.ndarray, axis: Axis) -> np.ndarray:
+    """(N, H, W) → (Z, Y, X), a view: the inverse of `to_slices`."""
+    if axis == "axial":
+        return slices
+    return np.moveaxis(slices, 0, {"coronal": -2, "sagittal": -1}[axis])[::-1]
+
+
+def in_plane_spacing(volume: Volume, axis: Axis) -> tuple[float, float]:
+    """(row, column) spacing of a slice in `volume.unit`."""
+    z, y, x = volume.spacing
+    return {"axial": (y, x), "coronal": (z, x), "sagittal": (z, y)}[axis]
+
+
+# -------------------------------------------------------------------- the square
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One slice's place in the model's square: longest side resized to `size`, padded below and right.
+
+    Coordinates are pixel centres at whole numbers, so a point moves as (x + 0.5) · scale − 0.5.
+    """
+
+    height: int
+    width: int
+    size: int
+
+    @property
+    def resized(self) -> tuple[int, int]:
+        """(h, w) of the slice inside the square."""
+        scale = self.size / max(self.height, self.width)
+        return max(1, int(self.height * scale + 0.5)), max(1, int(self.width * scale + 0.5))
+
+    def to_model(self, image: torch.Tensor) -> torch.Tensor:
+        """(C, H, W) or (B, C, H, W) → (…, size, size): bilinear, antialiased in shrinking; padding is 0."""
+        h, w = self.resized
+        batch = image if image.ndim == 4 else image[None]  # (B, C, H, W)
+        if (h, w) != (self.height, self.width):
+            shrinks = self.size < max(self.height, self.width)
+            batch = F.interpolate(batch, (h, w), mode="bilinear", align_corners=False, antialias=shrinks)
+        batch = F.pad(batch, (0, self.size - w, 0, self.size - h))  # (B, C, size, size)
+        return batch if image.ndim == 4 else batch[0]
+
+    def label_to_model(self, label: torch.Tensor) -> torch.Tensor:
+        """(…, H, W) → (…, size, size) of the same type: nearest neighbour; padding is 0."""
+        h, w = self.resized
+        rows = ((torch.arange(h, device=label.device) + 0.5) * (self.height / h)).long()
+        columns = ((torch.arange(w, device=label.device) + 0.5) * (self.width / w)).long()
+        return F.pad(label[..., rows[:, None], columns], (0, self.size - w, 0, self.size - h))
+
+    def from_model(self, logits: torch.Tensor) -> torch.Tensor:
+        """(…, s, s) on the square at any resolution s → (…, H, W) float32 on the slice, bilinear.
+
+        The slice's share of the square is sampled directly (it need not be a whole number of pixels at s),
+        and never beyond its last pixel centre, so that padding does not bleed in.
+        """
+        s = logits.shape[-1]
+        ticks = []
+        for length, share in zip((self.height, self.width), self.resized, strict=True):
+            centres = (torch.arange(length, device=logits.device, dtype=torch.float32) + 0.5) / length
+            inside = share / self.size  # of the square's side
+            ticks.append(2 * (centres * inside).clamp(max=max(inside - 0.5 / s, 0.5 / s)) - 1)
+        y, x = torch.meshgrid(*ticks, indexing="ij")
+        planes = logits.float().reshape(1, -1, s, s)
+        sampled = F.grid_sample(
+            planes, torch.stack((x, y), -1)[None], mode="bilinear", padding_mode="border", align_corners=False
+        )  # (1, planes, H, W)
+        return sampled.reshape(*logits.shape[:-2], self.height, self.width)
+
+    def point_to_model(self, points: Array) -> Array:
+        """(…, 2) of (x, y) in slice pixels → in the square's pixels."""
+        return (points + 0.5) * self._scale(points) - 0.5
+
+    def point_from_model(self, points: Array) -> Array:
+        """(…, 2) of (x, y) in the square's pixels → in slice pixels."""
+        return (points + 0.5) / self._scale(points) - 0.5
+
+    def _scale(self, points: Array) -> Array:
+        h, w = self.resized
+        scale = (w / self.width, h / self.height)
+        if isinstance(points, torch.Tensor):
+            return torch.tensor(scale, device=points.device)
+        return np.asarray(scale)
+
+
+# -------------------------------------------------------------------- cases
+
+
+@dataclass(frozen=True, eq=False)
+class CaseSlices:
+    """A case cut into slices, ready for a model."""
+
+    image: np.ndarray  # (N, C, H, W) float32 in [0, 1]
+    label: np.ndarray | None  # (N, H, W) uint8, the dataset's label numbers
+    volume: Volume  # to write masks back, and for the spacing
+
+
+def load_case(case: Case, dataset: Dataset, window: Window, axis: Axis = "axial") -> CaseSlices:
+    """Read, window and cut a case. UserError names the file that is damaged or does not fit the dataset."""
+    volume, label = _read_checked(case, dataset, axis)
+    image = np.ascontiguousarray(to_slices(window(volume.array), axis))
+    if label is not None:
+        label = np.ascontiguousarray(to_slices(label, axis), dtype=np.uint8)
+    return CaseSlices(image, label, volume)
+
+
+@dataclass(frozen=True)
+class SliceArea:
+    """How much of each class one slice shows."""
+
+    case_id: str
+    slice_number: int  # along the index's axis, from 0
+    area_px: tuple[int, ...]  # in the order of SliceIndex.labels
+
+    @property
+    def has_foreground(self) -> bool:
+        return any(self.area_px)
+
+
+@dataclass(frozen=True)
+class SliceIndex:
+    axis: Axis
+    labels: tuple[str, ...]
+    slices: tuple[SliceArea, ...]  # cases in the order given, slices in theirs
+
+    @cached_property
+    def area_px(self) -> np.ndarray:
+        """(N, K) int64: pixels of each label on each slice."""
+        rows = [s.area_px for s in self.slices]
+        return np.array(rows, dtype=np.int64).reshape(len(rows), len(self.labels))
+
+
+def index_slices(
+    dataset: Dataset,
+    cases: Sequence[Case],
+    axis: Axis = "axial",
+    progress: Callable[[int, int], None] | None = None,
+) -> SliceIndex:
+    """Class areas of every slice of labelled cases. `progress` is told (cases done, of how many).
+
+    Images are read too, so that what is wrong with any case (damage, NaN, another grid, a label number
+    without a name) is said here, before an hour of training.
+    """
+    numbers = list(dataset.labels.values())
+    areas = []
+    for done, case in enumerate(cases, start=1):
+        _, label = _read_checked(case, dataset, axis)
+        if label is None:
+            raise UserError(f"{case.images[0]} has no label: only labelled cases can be indexed")
+        for number, plane in enumerate(to_slices(label, axis)):
+            counts = np.bincount(plane.ravel(), minlength=256)
+            areas.append(SliceArea(case.id, number, tuple(counts[numbers].tolist())))
+        if progress:
+            progress(done, len(cases))
+    return SliceIndex(axis, tuple(dataset.labels), tuple(areas))
+
+
+def _read_checked(case: Case, dataset: Dataset, axis: Axis) -> tuple[Volume, np.ndarray | None]:
+    volume = read_volume(case.images)
+    if len(volume.array) != len(dataset.channel_names):
+        raise UserError(
+            f"{case.images[0]} has {len(volume.array)} channels but dataset.json names "
+            f"{len(dataset.channel_names)}: {', '.join(dataset.channel_names)}"
+        )
+    if volume.spacing_mm is None and axis != "axial":
+        raise UserError(f"--axis {axis}: {case.images[0]} is a single picture; leave the flag out")
+    if case.label is None:
+        return volume, None
+    label = read_label(case.label, volume)
+    unknown = sorted(set(np.unique(label).tolist()) - {0, *dataset.labels.values()})
+    if unknown:
+        raise UserError(
+            f"{case.label} has label values {unknown} that dataset.json does not name: "
+            "add them to its labels or set them to 0 in the mask"
+        )
+    return volume, label

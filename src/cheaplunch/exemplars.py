@@ -1,0 +1,128 @@
+"""Which slices to label, which to train on, and which are background (Cheap Lunch §3.2)."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from cheaplunch.data.slices import SliceArea, SliceIndex
+from cheaplunch.errors import UserError
+
+Strategy = Literal["auto", "most-classes", "random"]
+
+MIN_FOREGROUND_PX = 10  # §3.1: BraTS slices count as tumour slices from ten pixels on
+
+
+@dataclass(frozen=True, order=True)
+class SliceKey:
+    """One slice of one case, numbered from 0 along the axis in use."""
+
+    case_id: str
+    slice_number: int
+
+
+def pick_exemplars(index: SliceIndex, count: int, strategy: Strategy, rng: np.random.Generator) -> list[SliceKey]:
+    """`count` slices of `index` to learn from; raises UserError where there are not so many to choose from.
+
+    `auto` is `most-classes` for several classes and `random` for one, as the paper has it.
+    """
+    if strategy == "auto":
+        strategy = "most-classes" if len(index.labels) > 1 else "random"
+    worth = [i for i, area in enumerate(index.area_px.sum(axis=1)) if area >= MIN_FOREGROUND_PX]
+    if len(worth) < count:
+        raise UserError(
+            f"--exemplars {count}: only {len(worth)} training slices have {MIN_FOREGROUND_PX} px of foreground; "
+            "ask for fewer or label more"
+        )
+    if strategy == "random":
+        chosen = sorted(rng.choice(worth, size=count, replace=False).tolist())
+        return [_key(index.slices[i]) for i in chosen]
+    return _most_classes(index, worth, count, rng)
+
+
+def _most_classes(index: SliceIndex, worth: Sequence[int], count: int, rng: np.random.Generator) -> list[SliceKey]:
+    """From each of `count` random volumes the slice with the most classes; then a second from each, and so on.
+
+    Ties go to the larger area, every class measured against its own largest so that a liver does not outvote a
+    kidney. A further slice of a volume is taken as far from its earlier ones as half the volume's candidates
+    allow, since neighbours show nearly the same.
+    """
+    largest = np.maximum(index.area_px.max(axis=0), 1)
+    by_case: dict[str, list[int]] = {}
+    for i in worth:
+        by_case.setdefault(index.slices[i].case_id, []).append(i)
+
+    def merit(i: int) -> tuple[int, float]:
+        return int((index.area_px[i] > 0).sum()), float((index.area_px[i] / largest).sum())
+
+    order = rng.permutation(sorted(by_case)).tolist()
+    chosen: dict[str, list[int]] = {case: [] for case in order}
+    while sum(map(len, chosen.values())) < count:
+        for case in order:
+            if sum(map(len, chosen.values())) == count:
+                break
+            left = [i for i in by_case[case] if i not in chosen[case]]
+            if chosen[case] and len(left) > 1:
+                distance = {i: min(abs(i - taken) for taken in chosen[case]) for i in left}
+                left = sorted(left, key=lambda i: -distance[i])[: max(1, len(left) // 2)]
+            if left:
+                chosen[case].append(max(left, key=merit))
+    return sorted(_key(index.slices[i]) for picked in chosen.values() for i in picked)
+
+
+def require_every_class(index: SliceIndex, exemplars: Iterable[SliceKey], source: str) -> None:
+    """Raises UserError naming the classes that no exemplar shows: they could not be learned."""
+    areas = {_key(area): area.area_px for area in index.slices}
+    shown = np.sum([areas[key] for key in exemplars], axis=0)
+    absent = [name for name, area in zip(index.labels, shown, strict=True) if not area]
+    if absent:
+        raise UserError(
+            f"{source}: no exemplar shows {', '.join(absent)}; "
+            "ask for more exemplars, or name slices that show every class with --exemplar-file"
+        )
+
+
+def background_slices(index: SliceIndex) -> list[SliceKey]:
+    """Slices none of whose pixels are foreground (§2.1: "without organs or tumors")."""
+    return [_key(area) for area in index.slices if not area.has_foreground]
+
+
+def write_exemplars(path: Path, index: SliceIndex, exemplars: Iterable[SliceKey]) -> None:
+    """CSV: case, slice, and the area of every class in px, for the reader."""
+    areas = {_key(area): area.area_px for area in index.slices}
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["case", "slice", *(f"{name}_px" for name in index.labels)])
+        for key in exemplars:
+            writer.writerow([key.case_id, key.slice_number, *areas[key]])
+
+
+def read_exemplars(path: Path, index: SliceIndex) -> list[SliceKey]:
+    """The slices that a CSV with at least the columns `case` and `slice` names, all of which must be in `index`."""
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--exemplar-file {path} cannot be read: {error}") from error
+    known = {_key(area) for area in index.slices}
+    chosen = []
+    for line, row in enumerate(rows, start=2):
+        try:
+            key = SliceKey(row["case"], int(row["slice"]))
+        except (KeyError, TypeError, ValueError):
+            raise UserError(f"{path}, line {line}: needs the columns case and slice (a whole number)") from None
+        if key not in known:
+            raise UserError(f"{path}, line {line}: there is no slice {key.slice_number} of {key.case_id} in training")
+        chosen.append(key)
+    if not chosen:
+        raise UserError(f"--exemplar-file {path} names no slice; add lines of case,slice")
+    return sorted(set(chosen))
+
+
+def _key(area: SliceArea) -> SliceKey:
+    return SliceKey(area.case_id, area.slice_number)

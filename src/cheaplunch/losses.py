@@ -1,0 +1,22 @@
+"""L = λ1 · cross-entropy + λ2 · Dice (Cheap Lunch §3.3)."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def segmentation_loss(outputs: Tensor, targets: Tensor, ce_weight: float, dice_weight: float) -> Tensor:
+    """Outputs (…, 2, H, W), background and target, against targets (…, H, W) bool: a scalar.
+
+    Soft Dice is of the target, per mask, over the probabilities: 1 − 2|P·T| / (|P| + |T|), as SAMed's without
+    the squares; cross-entropy is over both outputs, per pixel.
+    """
+    flat, truth = outputs.flatten(0, -4), targets.flatten(0, -3)  # (M, 2, H, W), (M, H, W)
+    cross_entropy = F.cross_entropy(flat, truth.long())
+    probability = flat.softmax(dim=1)[:, 1]  # (M, H, W)
+    truth = truth.to(probability.dtype)
+    overlap = (probability * truth).sum(dim=(1, 2))
+    total = probability.sum(dim=(1, 2)) + truth.sum(dim=(1, 2))
+    dice = 1 - 2 * overlap / total.clamp(min=1e-6)
+    return ce_weight * cross_entropy + dice_weight * dice.mean()

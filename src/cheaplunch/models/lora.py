@@ -1,0 +1,73 @@
+"""Low-rank adaptation (Hu et al. 2021; Cheap Lunch §2.2) with peft, and the adapter's file.
+
+A projection W (C_out × C_in) becomes W + B·A with A (r × C_in) Kaiming-uniform and B (C_out × r) zero,
+so that the first forward equals the base model. For TinyViT's third stage, C = 160 and r = 4: A is
+4 × 160, B is 160 × 4, and 1,280 numbers move a matrix of 25,600. As in SAMed there is no α / r
+scaling, which peft expresses as α = r.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from cheaplunch.errors import UserError
+from cheaplunch.models.sam import Sam
+
+ADAPTER_FILE = "adapter_model.safetensors"
+
+ENCODER_QV = r"vision_encoder\..*\.(q_proj|v_proj)"
+DECODER_QV = r"mask_decoder\.transformer\..*\.(q_proj|v_proj)"
+
+
+def add_lora(
+    network: Sam, rank: int, targets: Sequence[str] = (ENCODER_QV, DECODER_QV), trained: Sequence[str] = ()
+) -> PeftModel:
+    """Freezes `network` and puts LoRA of `rank` on every Linear that a pattern of `targets` matches.
+
+    `trained` names modules that are trained in full and saved with the adapter.
+    """
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        lora_dropout=0.0,
+        target_modules="|".join(f"({pattern})" for pattern in targets),
+        modules_to_save=list(trained) or None,
+    )
+    return get_peft_model(network, config)  # pyright: ignore[reportReturnType]
+
+
+def save_adapter(adapted: PeftModel, folder: Path) -> None:
+    """Writes the trained tensors and nothing else: `adapter_model.safetensors` and `adapter_config.json`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in get_peft_model_state_dict(adapted).items()}
+    save_file(state, folder / ADAPTER_FILE, metadata={"format": "pt"})
+    adapted.peft_config["default"].save_pretrained(str(folder))
+
+
+def load_adapter(adapted: PeftModel, folder: Path) -> None:
+    """Fills an adapted network from `folder`.
+
+    peft lets missing and extra tensors pass in silence, which can lose most of an adapter; so the two
+    sets of names and shapes are compared here.
+    """
+    path = folder / ADAPTER_FILE
+    if not path.is_file():
+        raise UserError(f"{path} is missing; is {folder.parent} a finished run? (`cheaplunch finetune --resume` ends it)")
+    try:
+        state = load_file(path)
+    except SafetensorError as error:
+        raise UserError(f"{path} is damaged ({error}); train again or restore the file") from error
+    shapes = {name: tuple(tensor.shape) for name, tensor in get_peft_model_state_dict(adapted).items()}
+    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    if shapes != found:
+        differing = sorted(name for name in shapes.keys() | found.keys() if shapes.get(name) != found.get(name))
+        raise UserError(f"{path} does not fit this backbone and head: {len(differing)} tensors differ, first {differing[0]}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        set_peft_model_state_dict(adapted, state)

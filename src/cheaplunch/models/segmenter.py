@@ -1,0 +1,85 @@
+"""The whole network on one screen: images → embeddings → (with prompts) → masks."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from cheaplunch.config import ModelConfig
+from cheaplunch.models.backbones import load_backbone
+from cheaplunch.models.heads import Head, foreground_logit, make_two_outputs, trained_modules
+from cheaplunch.models.lora import DECODER_QV, ENCODER_QV, add_lora, load_adapter
+from cheaplunch.models.sam import Sam
+from cheaplunch.prompts import Prompts
+
+
+class Segmenter(nn.Module):
+    """A SAM network, adapted or not, that says one foreground logit per prompt.
+
+    `network` is a `Sam` or peft's wrapper of one.
+    """
+
+    def __init__(self, network: Sam | PeftModel, head: Head, image_size_px: int):
+        super().__init__()
+        self.network = network
+        self.head: Head = head
+        self.image_size_px = image_size_px
+
+    def embed(self, images: Tensor) -> Tensor:
+        """(B, 3, S, S) in [0, 1] → (B, 256, S / stride, S / stride)."""
+        embedding = self.network.vision_encoder(images)
+        return embedding if isinstance(embedding, Tensor) else embedding.last_hidden_state
+
+    def decode(self, embeddings: Tensor, prompts: Prompts) -> Tensor:
+        """B embeddings and P prompts on each → (B, P, O, H, W) outputs in float32; O is 1 or 2.
+
+        H and W are four times the embedding's. The batch stays B: every image has its own P prompts.
+        """
+        with _full_precision(embeddings.device):  # bf16 positions of near pixels would coincide
+            sparse, dense = self.network.prompt_encoder(
+                prompts.points_xy, prompts.point_labels, prompts.boxes_xyxy, None
+            )
+            positions = self.network.positions()  # (1, 256, h, w)
+        masks, _ = self.network.mask_decoder(
+            image_embeddings=embeddings,
+            image_positional_embeddings=positions.repeat(len(embeddings), 1, 1, 1),
+            sparse_prompt_embeddings=sparse,  # (B, P, tokens, 256)
+            dense_prompt_embeddings=dense,  # (B, 256, h, w)
+            multimask_output=self.head == "two",
+        )
+        return masks[:, :, :2].float()
+
+    def forward(self, images: Tensor, prompts: Prompts) -> Tensor:
+        return self.decode(self.embed(images), prompts)
+
+    def foreground(self, embeddings: Tensor, prompts: Prompts) -> Tensor:
+        """As `decode`, but the target's logit alone: (B, P, H, W)."""
+        return foreground_logit(self.decode(embeddings, prompts))
+
+
+def build_segmenter(config: ModelConfig, seed: int = 0) -> Segmenter:
+    """The network of `config`, its LoRA layers and head at their start, drawn from `seed`."""
+    size = config.image_size
+    network = load_backbone(config.backbone, size, config.weights)
+    if config.tuning == "none":
+        return Segmenter(network, "single", size).eval()
+    with torch.random.fork_rng(devices=[]):  # peft and torch.nn draw from the global generator
+        torch.manual_seed(seed)
+        make_two_outputs(network, config.head_start)
+        adapted = add_lora(network, config.lora_rank, (ENCODER_QV, DECODER_QV), trained_modules("two"))
+    return Segmenter(adapted, "two", size)
+
+
+def load_segmenter(config: ModelConfig, adapter: Path) -> Segmenter:
+    """A fine-tuned network, ready to predict."""
+    segmenter = build_segmenter(config)
+    load_adapter(segmenter.network, adapter)  # pyright: ignore[reportArgumentType]
+    return segmenter.eval()
+
+
+def _full_precision(device: torch.device) -> contextlib.AbstractContextManager:
+    return torch.autocast(device.type, enabled=False)

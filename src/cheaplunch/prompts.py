@@ -1,0 +1,91 @@
+"""Prompts drawn from the truth: what a careful user would have clicked. Not a word here of any model.
+
+The only file that knows (x, y) from (row, col). Prompts are (x, y) with x to the right and y down, in
+pixels whose centres are whole numbers; masks are arrays indexed [row, col] = [y, x].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from scipy import ndimage
+from torch import Tensor
+
+from cheaplunch.data.slices import Frame
+
+PromptKind = Literal["furthest", "random", "box"]
+
+@dataclass(frozen=True)
+class Prompts:
+    """P prompts on each of B images, in px of the network's input; all of one kind and count.
+
+    `points_xy` (B, P, K, 2) with `point_labels` (B, P, K), 1 on the target and 0 off it; or
+    `boxes_xyxy` (B, P, 4), both corners inside. One of the two is None.
+    """
+
+    points_xy: Tensor | None = None
+    point_labels: Tensor | None = None
+    boxes_xyxy: Tensor | None = None
+
+    def to(self, device: torch.device) -> Prompts:
+        moved = (None if t is None else t.to(device) for t in (self.points_xy, self.point_labels, self.boxes_xyxy))
+        return Prompts(*moved)
+
+
+def furthest_point(mask: np.ndarray) -> tuple[float, float]:
+    """(x, y) of the pixel of `mask` (H, W) furthest from its boundary; the image's edge is a boundary too.
+
+    Cheap Lunch §3.4: "those furthest from the margin". Of several, the first in reading order.
+    """
+    inside = ndimage.distance_transform_edt(np.pad(mask, 1))[1:-1, 1:-1]
+    row, col = np.unravel_index(np.argmax(inside), mask.shape)
+    return float(col), float(row)
+
+
+def random_point(mask: np.ndarray, rng: np.random.Generator) -> tuple[float, float]:
+    """(x, y) of a pixel of `mask` (H, W), all equally likely."""
+    row, col = divmod(int(rng.choice(np.flatnonzero(mask))), mask.shape[1])
+    return float(col), float(row)
+
+
+def tight_box(mask: np.ndarray, margin_px: float = 0.0) -> tuple[float, float, float, float]:
+    """(x0, y0, x1, y1) of the first and last pixels of `mask` (H, W), widened by `margin_px`, kept in the image."""
+    rows, cols = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    height, width = mask.shape
+    return (
+        max(0.0, cols[0] - margin_px),
+        max(0.0, rows[0] - margin_px),
+        min(width - 1.0, cols[-1] + margin_px),
+        min(height - 1.0, rows[-1] + margin_px),
+    )
+
+
+def oracle_prompts(
+    kind: PromptKind, masks: np.ndarray, frame: Frame, rng: np.random.Generator, box_margin_px: float = 0.0
+) -> Prompts:
+    """Prompts for one image (B = 1), one for each of the non-empty `masks` (P, H, W) of its classes.
+
+    They are drawn on the image's own pixels and then moved into the network's input by `frame`.
+    """
+    if kind == "box":
+        corners = np.array([tight_box(mask, box_margin_px) for mask in masks]).reshape(-1, 2, 2)
+        boxes = frame.point_to_model(torch.from_numpy(corners)).reshape(1, -1, 4)
+        return Prompts(boxes_xyxy=boxes.float())
+    draw = furthest_point if kind == "furthest" else lambda mask: random_point(mask, rng)
+    points = torch.tensor([draw(mask) for mask in masks], dtype=torch.float64)
+    points = frame.point_to_model(points).reshape(1, -1, 1, 2).float()
+    return Prompts(points_xy=points, point_labels=torch.ones(points.shape[:3], dtype=torch.long))
+
+
+def random_points(masks: Tensor, generator: torch.Generator) -> Prompts:
+    """One random point of each mask, for training: masks (B, P, S, S) bool in the network's input."""
+    batch, prompts, _, width = masks.shape
+    noise = torch.rand(masks.shape, generator=generator) * masks  # (B, P, S, S); the largest is uniform on the mask
+    place = noise.flatten(2).argmax(dim=2)  # (B, P)
+    points = torch.stack([place % width, place // width], dim=-1).float()  # (B, P, 2) as x, y
+    return Prompts(
+        points_xy=points[:, :, None], point_labels=torch.ones(batch, prompts, 1, dtype=torch.long)
+    )

@@ -1,0 +1,87 @@
+"""A model over the test cases: predict, write the masks, score them by a protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from cheaplunch.config import RunConfig
+from cheaplunch.data.layouts import open_dataset
+from cheaplunch.data.slices import from_slices, load_case
+from cheaplunch.data.volume import write_mask
+from cheaplunch.errors import UserError
+from cheaplunch.evaluation.protocols import score_labels
+from cheaplunch.evaluation.tables import CaseScore, summarise
+from cheaplunch.models.segmenter import Segmenter
+from cheaplunch.prediction import Predictor, segment_with_oracle
+from cheaplunch.prompts import PromptKind
+from cheaplunch.synthesis import derive_seed
+from cheaplunch.training import pick_window
+
+
+@dataclass(frozen=True)
+class Assessment:
+    """How a model is put to the test."""
+
+    data: Path
+    prompts: PromptKind = "furthest"
+    protocol: str = "strict"
+    box_margin_px: float = 0.0
+    nsd_tolerance: float = 2.0
+    """mm under `strict`, voxels under `paper`."""
+    seed: int = 0
+
+
+def assess(
+    segmenter: Segmenter,
+    config: RunConfig,
+    assessment: Assessment,
+    precision: str,
+    masks: Path,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict:
+    """Predicts every labelled test case into `masks` and returns the JSON of DESIGN §1.
+
+    Scores are of the merged label maps as written. `progress` is told (cases done, of how many).
+    """
+    dataset = open_dataset(assessment.data)
+    cases = [case for case in dataset.split("test") if case.label is not None]
+    if not cases:
+        raise UserError(f"--data {assessment.data} has no labelled test case; add imagesTs and labelsTs")
+    window = pick_window(config, dataset)
+    predictor = Predictor(segmenter, precision)
+    masks.mkdir(parents=True, exist_ok=True)
+    rows: list[CaseScore] = []
+    for done, case in enumerate(cases, start=1):
+        loaded = load_case(case, dataset, window, config.data.axis)
+        rng = np.random.default_rng(derive_seed(assessment.seed, "prompts", case.id))
+        predicted = segment_with_oracle(predictor, loaded, assessment.prompts, rng, assessment.box_margin_px)
+        predicted = from_slices(predicted, config.data.axis)  # (Z, Y, X)
+        truth = from_slices(loaded.label, config.data.axis)  # pyright: ignore[reportArgumentType]
+        write_mask(predicted, loaded.volume, masks / case.label.name)  # pyright: ignore[reportOptionalMemberAccess]
+        scores = score_labels(
+            predicted,
+            truth,
+            dataset.labels,
+            loaded.volume.spacing,
+            protocol=assessment.protocol,
+            nsd_tolerance=assessment.nsd_tolerance,
+        )
+        rows += [CaseScore(case.id, name, score) for name, score in scores.items()]
+        if progress is not None:
+            progress(done, len(cases))
+    return summarise(
+        rows,
+        protocol=assessment.protocol,
+        prompts=assessment.prompts,
+        oracle_prompts=True,
+        backbone=config.model.backbone,
+        method=config.method,
+        unit=loaded.volume.unit,
+        nsd_tolerance=assessment.nsd_tolerance,
+        patients={case.id: case.patient for case in cases},
+        rng=np.random.default_rng(derive_seed(assessment.seed, "bootstrap")),
+    )

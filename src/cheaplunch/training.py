@@ -1,0 +1,287 @@
+"""The recipe, from top to bottom: exemplars → synthetic set → LoRA steps → adapter.
+
+Every random choice of step t is drawn from (seed, t) alone. So the order in which work is done does not
+matter, a resumed run needs only the number of its step, and equal seeds give equal adapters.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from cheaplunch.config import RunConfig, TrainingConfig, as_values, save_config
+from cheaplunch.data.layouts import Dataset, open_dataset
+from cheaplunch.data.slices import CaseSlices, Frame, SliceIndex, Window, as_rgb, default_window, index_slices, load_case
+from cheaplunch.errors import UserError
+from cheaplunch.exemplars import (
+    SliceKey,
+    background_slices,
+    pick_exemplars,
+    read_exemplars,
+    require_every_class,
+    write_exemplars,
+)
+from cheaplunch.losses import segmentation_loss
+from cheaplunch.models.backbones import get_backbone
+from cheaplunch.models.lora import save_adapter
+from cheaplunch.models.segmenter import Segmenter, build_segmenter
+from cheaplunch.prompts import Prompts, random_points
+from cheaplunch.runs import RunFolder, describe_environment, write_json
+from cheaplunch.runtime import pick_device, pick_precision
+from cheaplunch.synthesis import Batch, Pool, derive_seed, fill_foreground, synthesize
+
+MAX_BACKGROUNDS = 64  # drawn at random where there are more: enough variety, bounded memory
+SMALL_IMAGE_PX = 96  # up to here the backbone's input is halved: enlarging further adds cost, not detail
+
+Progress = Callable[[int, int, dict[str, float]], None]
+"""Told (steps done, of how many, {"loss", "images_per_s", …}) after each step."""
+
+
+@dataclass(frozen=True)
+class Material:
+    """Everything that training draws from, and what was learned about the data on the way."""
+
+    config: RunConfig  # resolved: window and image size filled in
+    dataset: Dataset
+    index: SliceIndex
+    exemplars: list[SliceKey]
+    pool: Pool
+
+
+def finetune(config: RunConfig, out: Path, resume: bool = False, progress: Progress | None = None) -> RunFolder:
+    """Fine-tunes as `config` says and leaves a run folder at `out`.
+
+    Raises UserError for input the user can mend, among it an `out` that already holds a run.
+    """
+    run = RunFolder(out)
+    device = pick_device(config.device)
+    precision = pick_precision(config.training.precision, device)
+    material = prepare(config)
+    config = material.config
+    _claim(run, config, resume)
+    write_exemplars(run.exemplars, material.index, material.exemplars)
+    facts = {
+        "data_fingerprint": material.dataset.fingerprint(),
+        "split": material.dataset.split_rule,
+        "backgrounds": len(material.pool.backgrounds),
+        "backgrounds_filled": material.pool.backgrounds_filled,
+        "trained_parameters": 0,
+    }
+
+    segmenter = build_segmenter(config.model, config.seed).to(device)
+    facts["trained_parameters"] = sum(p.numel() for p in segmenter.parameters() if p.requires_grad)
+    write_json(run.environment, describe_environment(config, device, precision, facts))
+    train(segmenter, material, run, precision, progress)
+    save_adapter(segmenter.network, run.adapter)  # pyright: ignore[reportArgumentType]
+    return run
+
+
+def prepare(config: RunConfig) -> Material:
+    """Reads and checks the training cases, chooses the exemplars and loads them into the network's frame."""
+    dataset = open_dataset(config.data.data)
+    cases = {case.id: case for case in dataset.split("train")}
+    index = index_slices(dataset, list(cases.values()), config.data.axis)
+    rng = np.random.default_rng(derive_seed(config.seed, "exemplars"))
+    if config.data.exemplar_file is not None:
+        exemplars = read_exemplars(config.data.exemplar_file, index)
+        require_every_class(index, exemplars, f"--exemplar-file {config.data.exemplar_file}")
+    else:
+        exemplars = pick_exemplars(index, config.data.exemplars, config.data.strategy, rng)
+        require_every_class(index, exemplars, f"--exemplars {config.data.exemplars}")
+    free = background_slices(index)
+    if len(free) > MAX_BACKGROUNDS:
+        free = [free[i] for i in sorted(rng.choice(len(free), MAX_BACKGROUNDS, replace=False))]
+
+    window = pick_window(config, dataset)
+    loaded: dict[str, CaseSlices] = {}
+    for key in (*exemplars, *free):
+        if key.case_id not in loaded:
+            loaded[key.case_id] = load_case(cases[key.case_id], dataset, window, config.data.axis)
+    size = config.model.image_size or _image_size(config, loaded.values())
+    numbers = list(dataset.labels.values())
+    images, labels = _in_frame(exemplars, loaded, size, numbers)
+    backgrounds = _in_frame(free, loaded, size, numbers)[0] if free else fill_foreground(images, labels)
+    pool = Pool(images, labels, backgrounds, len(numbers), backgrounds_filled=not free)
+    resolved = replace(config, model=replace(config.model, image_size=size))
+    return Material(resolved, dataset, index, exemplars, pool)
+
+
+def pick_window(config: RunConfig, dataset: Dataset) -> Window:
+    window = config.data.window
+    return Window(*window) if window is not None else default_window(dataset)
+
+
+def train(
+    segmenter: Segmenter, material: Material, run: RunFolder, precision: str, progress: Progress | None = None
+) -> None:
+    """The loop. Continues from the run's checkpoint where there is one; leaves `segmenter` trained."""
+    config = material.config.training
+    accelerator = Accelerator(
+        cpu=next(segmenter.parameters()).device.type == "cpu",
+        mixed_precision="bf16" if precision == "bf16" else "no",
+    )
+    device = accelerator.device
+    optimizer = build_optimizer(segmenter, config)
+    segmenter, optimizer = accelerator.prepare(segmenter, optimizer)
+    first = load_checkpoint(run.checkpoint, segmenter, optimizer)
+
+    segmenter.train()
+    with run.metrics.open("a" if first else "w", encoding="utf-8") as log:
+        started = time.perf_counter()
+        for step, batch in _prefetched(material, first):
+            rate = learning_rate(step, config)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            generator = torch.Generator().manual_seed(derive_seed(material.config.seed, "prompts", step))
+            targets = draw_targets(batch.labels, config.prompts_per_image, material.pool.classes, generator)
+            prompts = random_points(targets, generator).to(device)
+
+            with accelerator.autocast():
+                outputs = segmenter(as_rgb(batch.images).to(device), prompts)  # (B, P, 2, S, S)
+            loss = segmentation_loss(outputs, targets.to(device), config.ce_weight, config.dice_weight)
+            if not torch.isfinite(loss):
+                raise UserError(
+                    f"--learning-rate {config.learning_rate}: the loss is {loss.item()} at step {step}; "
+                    "try a tenth of it, or --precision fp32"
+                )
+            accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+            done = step + 1
+            speed = (done - first) * config.batch_size / (time.perf_counter() - started)
+            record = {"step": done, "loss": round(loss.item(), 6), "learning_rate": rate, "images_per_s": round(speed, 3)}
+            log.write(json.dumps(record) + "\n")
+            log.flush()
+            if progress is not None:
+                progress(done, config.steps, record)
+            if done % config.checkpoint_every == 0 and done < config.steps:
+                save_checkpoint(run.checkpoint, segmenter, optimizer, done)
+
+
+def build_optimizer(segmenter: torch.nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
+    """AdamW on what is trained; biases and norms, which have one axis, do not decay."""
+    trained = [p for p in segmenter.parameters() if p.requires_grad]
+    return torch.optim.AdamW(
+        [
+            {"params": [p for p in trained if p.ndim > 1], "weight_decay": config.weight_decay},
+            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+        ],
+        lr=config.learning_rate,
+    )
+
+
+def learning_rate(step: int, config: TrainingConfig) -> float:
+    """Linear warm-up, then exponential decay to `final_lr` of the top at the last step (§3.3)."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    share = (step - config.warmup_steps) / max(1, config.steps - 1 - config.warmup_steps)
+    return config.learning_rate * config.final_lr**share
+
+
+def draw_targets(labels: Tensor, count: int, classes: int, generator: torch.Generator) -> Tensor:
+    """Which mask each prompt asks for: labels (B, S, S) → (B, count, S, S) bool.
+
+    The paper draws one class a sample (§2.2). Here the classes of a slice are drawn without repetition, and again
+    from the start where `count` exceeds them, so that one pass of the encoder serves them all.
+    """
+    targets = []
+    for label in labels:
+        present = torch.tensor([k for k in range(1, classes + 1) if (label == k).any()], dtype=label.dtype)
+        drawn: list[Tensor] = []
+        while sum(map(len, drawn)) < count:
+            drawn.append(present[torch.randperm(len(present), generator=generator)])
+        chosen = torch.cat(drawn)[:count]
+        targets.append(label[None] == chosen[:, None, None])
+    return torch.stack(targets)
+
+
+def save_checkpoint(folder: Path, segmenter: Segmenter, optimizer: torch.optim.Optimizer, step: int) -> None:
+    """What `--resume` needs: the step, the trained tensors and the optimiser's state; whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    trained = {name: p.detach().cpu() for name, p in segmenter.named_parameters() if p.requires_grad}
+    part = folder / ".state.part"
+    torch.save({"step": step, "trained": trained, "optimizer": optimizer.state_dict()}, part)
+    part.replace(folder / "state.pt")
+
+
+def load_checkpoint(folder: Path, segmenter: Segmenter, optimizer: torch.optim.Optimizer) -> int:
+    """Restores what `save_checkpoint` wrote; the number of steps done, 0 where there is no checkpoint."""
+    path = folder / "state.pt"
+    if not path.is_file():
+        return 0
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    trained = {name: p for name, p in segmenter.named_parameters() if p.requires_grad}
+    if trained.keys() != state["trained"].keys():
+        raise UserError(f"{path} is of another model; start anew in another --out")
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            parameter.copy_(state["trained"][name])
+    optimizer.load_state_dict(state["optimizer"])
+    return int(state["step"])
+
+
+def _claim(run: RunFolder, config: RunConfig, resume: bool) -> None:
+    """Makes the run's folder ours, or says why it is not to be had."""
+    if resume:
+        before = as_values(run.load_config())
+        differing = [name for name, value in as_values(config).items() if before[name] != value and name != "data"]
+        if differing:
+            name = differing[0]
+            raise UserError(f"--resume: {name} was {before[name]} in {run.root}; give the same settings or a new --out")
+        return
+    if run.config.exists():
+        raise UserError(f"--out {run.root} already holds a run; give another folder, or --resume to continue it")
+    if run.root.exists() and not run.root.is_dir():
+        raise UserError(f"--out {run.root} is a file; give a folder")
+    run.root.mkdir(parents=True, exist_ok=True)
+    save_config(config, run.config)
+
+
+def _image_size(config: RunConfig, cases: Iterator[CaseSlices] | object) -> int:
+    full = get_backbone(config.model.backbone).image_size_px
+    longest = max(max(case.image.shape[-2:]) for case in cases)  # type: ignore[attr-defined]
+    return full // 2 if longest <= SMALL_IMAGE_PX else full
+
+
+def _in_frame(
+    keys: list[SliceKey], loaded: dict[str, CaseSlices], size: int, numbers: list[int]
+) -> tuple[Tensor, Tensor]:
+    """Slices in the network's square: (N, C, size, size), and labels (N, size, size) as class 1…K."""
+    images, labels = [], []
+    for key in keys:
+        case = loaded[key.case_id]
+        image, label = case.image[key.slice_number], case.label[key.slice_number]  # type: ignore[index]
+        frame = Frame(*image.shape[-2:], size)
+        classes = np.zeros(256, np.uint8)
+        classes[numbers] = np.arange(1, len(numbers) + 1)
+        images.append(frame.to_model(torch.from_numpy(image)))
+        labels.append(frame.label_to_model(torch.from_numpy(classes[label])))
+    return torch.stack(images), torch.stack(labels)
+
+
+def _prefetched(material: Material, first: int) -> Iterator[tuple[int, Batch]]:
+    """Batches from step `first` on, each made on a second thread while the one before it trains."""
+    config = material.config
+    size, total = config.training.batch_size, config.synthesis.synthetic
+
+    def make(step: int) -> Batch:
+        indices = [(step * size + offset) % total for offset in range(size)]
+        return synthesize(material.pool, indices, config.synthesis, config.seed)
+
+    with ThreadPoolExecutor(1) as worker:
+        upcoming = worker.submit(make, first)
+        for step in range(first, config.training.steps):
+            batch = upcoming.result()
+            if step + 1 < config.training.steps:
+                upcoming = worker.submit(make, step + 1)
+            yield step, batch
