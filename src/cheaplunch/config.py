@@ -7,6 +7,7 @@ flag, a line of YAML and a field are one thing. A method is a row of `METHODS`: 
 from __future__ import annotations
 
 import dataclasses
+import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,9 @@ from typing import Any, Literal
 import yaml
 
 from cheaplunch.errors import UserError
+
+PromptKind = Literal["furthest", "random", "box"]
+"""Prompts drawn from the truth: the point furthest from its boundary, a random one, its tight box."""
 
 
 def setting(default: Any, help: str) -> Any:
@@ -33,8 +37,9 @@ class DataConfig:
         "default: a CT window, 0..255 for 8-bit images, otherwise percentiles of each volume",
     )
     exemplars: int = setting(9, "labelled slices to learn from (§3.2)")
-    strategy: Literal["auto", "most-classes", "random"] = setting(
-        "auto", "how they are chosen (§3.2): most-classes, or random among slices with at least 10 px of foreground"
+    strategy: Literal["auto", "spread", "most-classes", "random"] = setting(
+        "auto",
+        "how they are chosen: most-classes or random as in §3.2, or spread over the organs' heights (auto: spread)",
     )
     exemplar_file: Path | None = setting(None, "CSV with the columns case,slice that names the exemplars instead")
 
@@ -46,7 +51,9 @@ class ModelConfig:
     backbone: str = setting("lite-medsam", "pretrained network, by name")
     weights: Path | None = setting(None, "checkpoint file of that backbone; default: the published one")
     image_size: int | None = setting(
-        None, "side of the square network input in px; default: the backbone's, or half of it for images up to 96 px"
+        None,
+        "side of the square network input in px; default: fitted to the backbone's windows (224 for lite-medsam), "
+        "half of it for images up to 96 px; zero-shot: as published (256)",
     )
     tuning: Literal["lora", "none"] = setting("lora", "what is trained: LoRA with the decoder's outputs, or nothing")
     lora_rank: int = setting(4, "rank r of the LoRA updates (§2.2)")
@@ -61,7 +68,11 @@ class SynthesisConfig:
 
     synthetic: int = setting(1800, "size of the synthesized set (§3.3: 1800 for Synapse, 4500 for BraTS)")
     real_share: float = setting(
-        0.5, "share of the set that is an exemplar itself, transformed as a whole, instead of pasted (paper: not stated)"
+        0.5,
+        "share of the set that is an exemplar itself, transformed as a whole, instead of pasted (paper: not stated)",
+    )
+    drop: float = setting(
+        0.0, "probability that an organ of the exemplar is not pasted, so that slices with few organs occur too"
     )
     rotation_deg: float = setting(15.0, "largest rotation, either way")
     scale: float = setting(0.15, "largest relative change of size, either way")
@@ -134,6 +145,7 @@ def build_config(method: str, values: Mapping[str, Any]) -> RunConfig:
     unknown = sorted(merged.keys() - known.keys())
     if unknown:
         raise UserError(f"there is no setting {unknown[0]}; `cheaplunch finetune --help` lists them")
+    merged = {name: _typed(name, value) for name, value in merged.items()}
     grouped: dict[str, dict[str, Any]] = {group: {} for group in GROUPS}
     top: dict[str, Any] = {}
     for name, value in merged.items():
@@ -160,12 +172,16 @@ def check(config: RunConfig) -> None:
     for flag, value in positive.items():
         if value <= 0:
             raise UserError(f"{flag} is {value}; it must be above 0")
-    for flag, share in {"--real-share": config.synthesis.real_share, "--flip": config.synthesis.flip}.items():
+    for flag, share in {
+        "--real-share": config.synthesis.real_share,
+        "--flip": config.synthesis.flip,
+        "--drop": config.synthesis.drop,
+    }.items():
         if not 0 <= share <= 1:
             raise UserError(f"{flag} is {share}; it is a share between 0 and 1")
     size = config.model.image_size
-    if size is not None and (size < 32 or size % 16):
-        raise UserError(f"--image-size is {size}; it must be a multiple of 16, at least 32")
+    if size is not None and (size < 32 or size % 8):
+        raise UserError(f"--image-size is {size}; it must be a multiple of 8, at least 32")
     window = config.data.window
     if window is not None and window[0] >= window[1]:
         raise UserError(f"--window is {list(window)}; its first value must be the smaller one")
@@ -202,7 +218,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not valid YAML ({str(error).splitlines()[0]})") from error
     if not isinstance(values, dict):
         raise UserError(f"{path} is not a list of `setting: value` lines")
-    return {str(name).replace("-", "_"): _typed(str(name).replace("-", "_"), value) for name, value in values.items()}
+    return {str(name).replace("-", "_"): value for name, value in values.items()}
 
 
 def _plain(value: Any) -> Any:
@@ -211,7 +227,33 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
+def setting_type(name: str) -> Any:
+    """The type of a setting, less "or None": int, float, str, Path, a Literal or a tuple."""
+    group, _ = settings()[name]
+    hint = typing.get_type_hints(GROUPS[group] if group else RunConfig)[name]
+    return next(kind for kind in typing.get_args(hint) or [hint] if kind is not type(None)) if _optional(hint) else hint
+
+
+def _optional(hint: Any) -> bool:
+    return type(None) in typing.get_args(hint)
+
+
 def _typed(name: str, value: Any) -> Any:
-    if name in {"data", "weights", "exemplar_file"} and value is not None:
-        return Path(value)
-    return tuple(value) if isinstance(value, list) else value
+    """`value` as the setting's own type; UserError where it is another. YAML writes paths as text and 1e-3 as text."""
+    kind, flag = setting_type(name), f"--{name.replace('_', '-')}"
+    if value is None:
+        return None
+    if typing.get_origin(kind) is Literal:
+        if value not in typing.get_args(kind):
+            raise UserError(f"{flag} is {value}; choose one of: {', '.join(typing.get_args(kind))}")
+        return value
+    try:
+        if typing.get_origin(kind) is tuple:
+            low, high = value
+            return float(low), float(high)
+        if kind is int and not isinstance(value, (int, str)):
+            raise ValueError
+        return kind(value)
+    except (TypeError, ValueError):
+        wanted = {int: "a whole number", float: "a number"}.get(kind, "two numbers, as in [-125, 275]")
+        raise UserError(f"{flag} is {value}; it must be {wanted}") from None

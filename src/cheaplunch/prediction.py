@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cheaplunch.config import PromptKind
 from cheaplunch.data.slices import CaseSlices, Frame, as_rgb
 from cheaplunch.models.segmenter import Segmenter
-from cheaplunch.prompts import PromptKind, Prompts, oracle_prompts
+from cheaplunch.prompts import Prompts, oracle_prompts
 
 ENCODED_AT_ONCE = 4  # slices; more would not be faster on a CPU
 
@@ -37,7 +38,8 @@ class Predictor:
     @torch.inference_mode()
     def embed(self, images: np.ndarray) -> list[Embedded]:
         """Slices of one shape, (N, C, H, W) float32 in [0, 1] → N embeddings."""
-        frame = Frame(*images.shape[-2:], self.segmenter.image_size_px)
+        height, width = images.shape[-2:]
+        frame = Frame(height, width, self.segmenter.image_size_px)
         embedded = []
         for start in range(0, len(images), ENCODED_AT_ONCE):
             batch = as_rgb(frame.to_model(torch.from_numpy(images[start : start + ENCODED_AT_ONCE])))

@@ -7,16 +7,15 @@ pixels whose centres are whole numbers; masks are arrays indexed [row, col] = [y
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
 from scipy import ndimage
 from torch import Tensor
 
+from cheaplunch.config import PromptKind
 from cheaplunch.data.slices import Frame
 
-PromptKind = Literal["furthest", "random", "box"]
 
 @dataclass(frozen=True)
 class Prompts:
@@ -40,7 +39,7 @@ def furthest_point(mask: np.ndarray) -> tuple[float, float]:
 
     Cheap Lunch §3.4: "those furthest from the margin". Of several, the first in reading order.
     """
-    inside = ndimage.distance_transform_edt(np.pad(mask, 1))[1:-1, 1:-1]
+    inside = np.asarray(ndimage.distance_transform_edt(np.pad(mask, 1)))[1:-1, 1:-1]
     row, col = np.unravel_index(np.argmax(inside), mask.shape)
     return float(col), float(row)
 
@@ -86,6 +85,4 @@ def random_points(masks: Tensor, generator: torch.Generator) -> Prompts:
     noise = torch.rand(masks.shape, generator=generator) * masks  # (B, P, S, S); the largest is uniform on the mask
     place = noise.flatten(2).argmax(dim=2)  # (B, P)
     points = torch.stack([place % width, place // width], dim=-1).float()  # (B, P, 2) as x, y
-    return Prompts(
-        points_xy=points[:, :, None], point_labels=torch.ones(batch, prompts, 1, dtype=torch.long)
-    )
+    return Prompts(points_xy=points[:, :, None], point_labels=torch.ones(batch, prompts, 1, dtype=torch.long))

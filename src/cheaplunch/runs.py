@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
 import platform
 from dataclasses import dataclass
@@ -70,7 +69,9 @@ class RunFolder:
         return (self.adapter / "adapter_model.safetensors").is_file()
 
 
-def describe_environment(config: RunConfig, device: torch.device, precision: str, facts: dict[str, Any]) -> dict[str, Any]:
+def describe_environment(
+    config: RunConfig, device: torch.device, precision: str, facts: dict[str, Any]
+) -> dict[str, Any]:
     """Versions, machine, seed and what the run found out about its data: enough to ask for the same again."""
     versions = {}
     for package in _PACKAGES:
@@ -95,11 +96,3 @@ def processor_name() -> str:
             return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Whole or not at all: a temporary file beside `path` takes its place."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    part.replace(path)

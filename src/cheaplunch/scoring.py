@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from cheaplunch.config import RunConfig
-from cheaplunch.data.layouts import open_dataset
-from cheaplunch.data.slices import from_slices, load_case
+from cheaplunch.config import PromptKind, RunConfig
+from cheaplunch.data.layouts import Dataset, open_dataset
+from cheaplunch.data.slices import Window, from_slices, load_case
 from cheaplunch.data.volume import write_mask
 from cheaplunch.errors import UserError
 from cheaplunch.evaluation.protocols import score_labels
 from cheaplunch.evaluation.tables import CaseScore, summarise
 from cheaplunch.models.segmenter import Segmenter
 from cheaplunch.prediction import Predictor, segment_with_oracle
-from cheaplunch.prompts import PromptKind
 from cheaplunch.synthesis import derive_seed
 from cheaplunch.training import pick_window
 
@@ -35,6 +34,17 @@ class Assessment:
     seed: int = 0
 
 
+def open_for_scoring(config: RunConfig, assessment: Assessment) -> tuple[Dataset, Window]:
+    """The data to be tested on, seen through the run's window."""
+    dataset = open_dataset(assessment.data)
+    return dataset, pick_window(config, dataset)
+
+
+def zero_shot_of(config: RunConfig) -> RunConfig:
+    """The same network, weights, input size and window as `config`'s, with nothing trained."""
+    return replace(config, method="zero-shot", model=replace(config.model, tuning="none"))
+
+
 def assess(
     segmenter: Segmenter,
     config: RunConfig,
@@ -47,14 +57,14 @@ def assess(
 
     Scores are of the merged label maps as written. `progress` is told (cases done, of how many).
     """
-    dataset = open_dataset(assessment.data)
+    dataset, window = open_for_scoring(config, assessment)
     cases = [case for case in dataset.split("test") if case.label is not None]
     if not cases:
         raise UserError(f"--data {assessment.data} has no labelled test case; add imagesTs and labelsTs")
-    window = pick_window(config, dataset)
     predictor = Predictor(segmenter, precision)
     masks.mkdir(parents=True, exist_ok=True)
     rows: list[CaseScore] = []
+    unit = "mm"
     for done, case in enumerate(cases, start=1):
         loaded = load_case(case, dataset, window, config.data.axis)
         rng = np.random.default_rng(derive_seed(assessment.seed, "prompts", case.id))
@@ -70,6 +80,7 @@ def assess(
             protocol=assessment.protocol,
             nsd_tolerance=assessment.nsd_tolerance,
         )
+        unit = loaded.volume.unit
         rows += [CaseScore(case.id, name, score) for name, score in scores.items()]
         if progress is not None:
             progress(done, len(cases))
@@ -80,7 +91,7 @@ def assess(
         oracle_prompts=True,
         backbone=config.model.backbone,
         method=config.method,
-        unit=loaded.volume.unit,
+        unit=unit,
         nsd_tolerance=assessment.nsd_tolerance,
         patients={case.id: case.patient for case in cases},
         rng=np.random.default_rng(derive_seed(assessment.seed, "bootstrap")),

@@ -12,10 +12,14 @@ T is blur, intensity variation, scale, flip and rotation. An image and its label
 from __future__ import annotations
 
 import hashlib
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from cheaplunch.config import SynthesisConfig
@@ -58,6 +62,41 @@ def synthesize(pool: Pool, indices: list[int], config: SynthesisConfig, seed: in
     return Batch(torch.stack(images), torch.stack(labels))
 
 
+def write_samples(
+    folder: Path,
+    pool: Pool,
+    count: int,
+    config: SynthesisConfig,
+    seed: int,
+    names: Sequence[str],
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """The first `count` samples as an nnU-Net raw folder of PNG: 8-bit images, labels 1…K named `names`.
+
+    One or three channels are one picture each; other numbers of channels become a picture a channel.
+    """
+    channels = pool.images.shape[1]
+    for part in ("imagesTr", "labelsTr"):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+    for index in range(count):
+        batch = synthesize(pool, [index], config, seed)
+        pixels = (batch.images[0] * 255).round().to(torch.uint8)  # (C, S, S)
+        planes = [pixels.permute(1, 2, 0)] if channels == 3 else list(pixels)
+        for channel, plane in enumerate(planes):
+            Image.fromarray(plane.numpy()).save(folder / "imagesTr" / f"synthetic_{index:05d}_{channel:04d}.png")
+        Image.fromarray(batch.labels[0].numpy()).save(folder / "labelsTr" / f"synthetic_{index:05d}.png")
+        if progress is not None:
+            progress(index + 1, count)
+    about = {
+        "name": "synthetic",
+        "channel_names": {str(channel): f"channel {channel}" for channel in range(channels)},
+        "labels": {"background": 0, **{name: number for number, name in enumerate(names, start=1)}},
+        "numTraining": count,
+        "file_ending": ".png",
+    }
+    (folder / "dataset.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
+
+
 def derive_seed(*parts: object) -> int:
     """A 63-bit seed from whatever identifies the draw, so that no draw depends on those before it."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
@@ -74,6 +113,8 @@ def _one(pool: Pool, config: SynthesisConfig, generator: torch.Generator) -> tup
         background, _ = _transform_whole(background, torch.zeros_like(label), config, generator)
         organs, regions = cut_and_transform(image, label, pool.classes, config, generator)
         order = torch.randperm(len(organs), generator=generator)
+        kept = order[_uniform(len(order), generator) >= config.drop]
+        order = kept if regions[kept].any() else order
         merged, moved_label = merge(organs[order], regions[order], order + 1)
         moved = paste(merged, background)
     if not moved_label.any():  # every organ left the image: keep the sample, but unmoved

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +20,16 @@ from torch import Tensor
 
 from cheaplunch.config import RunConfig, TrainingConfig, as_values, save_config
 from cheaplunch.data.layouts import Dataset, open_dataset
-from cheaplunch.data.slices import CaseSlices, Frame, SliceIndex, Window, as_rgb, default_window, index_slices, load_case
+from cheaplunch.data.slices import (
+    CaseSlices,
+    Frame,
+    SliceIndex,
+    Window,
+    as_rgb,
+    default_window,
+    index_slices,
+    load_case,
+)
 from cheaplunch.errors import UserError
 from cheaplunch.exemplars import (
     SliceKey,
@@ -30,12 +39,14 @@ from cheaplunch.exemplars import (
     require_every_class,
     write_exemplars,
 )
+from cheaplunch.figures import synthesis_sheet
+from cheaplunch.files import whole_or_nothing, write_json
 from cheaplunch.losses import segmentation_loss
 from cheaplunch.models.backbones import get_backbone
 from cheaplunch.models.lora import save_adapter
 from cheaplunch.models.segmenter import Segmenter, build_segmenter
-from cheaplunch.prompts import Prompts, random_points
-from cheaplunch.runs import RunFolder, describe_environment, write_json
+from cheaplunch.prompts import random_points
+from cheaplunch.runs import RunFolder, describe_environment
 from cheaplunch.runtime import pick_device, pick_precision
 from cheaplunch.synthesis import Batch, Pool, derive_seed, fill_foreground, synthesize
 
@@ -57,8 +68,10 @@ class Material:
     pool: Pool
 
 
-def finetune(config: RunConfig, out: Path, resume: bool = False, progress: Progress | None = None) -> RunFolder:
-    """Fine-tunes as `config` says and leaves a run folder at `out`.
+def finetune(
+    config: RunConfig, out: Path, resume: bool = False, progress: Progress | None = None, notes: Sequence[str] = ()
+) -> RunFolder:
+    """Fine-tunes as `config` says and leaves a run folder at `out`; `notes` go into its report.
 
     Raises UserError for input the user can mend, among it an `out` that already holds a run.
     """
@@ -69,36 +82,47 @@ def finetune(config: RunConfig, out: Path, resume: bool = False, progress: Progr
     config = material.config
     _claim(run, config, resume)
     write_exemplars(run.exemplars, material.index, material.exemplars)
+    synthesis_sheet(material.pool, preview(material), list(material.dataset.labels), run.preview)
+    segmenter = build_segmenter(config.model, config.seed).to(device)
     facts = {
+        "dataset": material.dataset.name,
         "data_fingerprint": material.dataset.fingerprint(),
         "split": material.dataset.split_rule,
         "backgrounds": len(material.pool.backgrounds),
         "backgrounds_filled": material.pool.backgrounds_filled,
-        "trained_parameters": 0,
+        "trained_parameters": sum(p.numel() for p in segmenter.parameters() if p.requires_grad),
+        "notes": list(notes),
     }
-
-    segmenter = build_segmenter(config.model, config.seed).to(device)
-    facts["trained_parameters"] = sum(p.numel() for p in segmenter.parameters() if p.requires_grad)
-    write_json(run.environment, describe_environment(config, device, precision, facts))
+    write_json(describe_environment(config, device, precision, facts), run.environment)
+    started = time.perf_counter()
     train(segmenter, material, run, precision, progress)
     save_adapter(segmenter.network, run.adapter)  # pyright: ignore[reportArgumentType]
+    facts["training_seconds"] = round(time.perf_counter() - started, 1)
+    write_json(describe_environment(config, device, precision, facts), run.environment)
     return run
 
 
-def prepare(config: RunConfig) -> Material:
-    """Reads and checks the training cases, chooses the exemplars and loads them into the network's frame."""
+def choose_exemplars(config: RunConfig) -> tuple[Dataset, SliceIndex, list[SliceKey]]:
+    """Reads and checks every training case, and picks the exemplars or reads the user's list of them."""
     dataset = open_dataset(config.data.data)
-    cases = {case.id: case for case in dataset.split("train")}
-    index = index_slices(dataset, list(cases.values()), config.data.axis)
-    rng = np.random.default_rng(derive_seed(config.seed, "exemplars"))
-    if config.data.exemplar_file is not None:
-        exemplars = read_exemplars(config.data.exemplar_file, index)
-        require_every_class(index, exemplars, f"--exemplar-file {config.data.exemplar_file}")
+    index = index_slices(dataset, dataset.split("train"), config.data.axis)
+    file, count = config.data.exemplar_file, config.data.exemplars
+    if file is not None:
+        exemplars = read_exemplars(file, index)
     else:
-        exemplars = pick_exemplars(index, config.data.exemplars, config.data.strategy, rng)
-        require_every_class(index, exemplars, f"--exemplars {config.data.exemplars}")
+        rng = np.random.default_rng(derive_seed(config.seed, "exemplars"))
+        exemplars = pick_exemplars(index, count, config.data.strategy, rng)
+    require_every_class(index, exemplars, f"--exemplar-file {file}" if file else f"--exemplars {count}")
+    return dataset, index, exemplars
+
+
+def prepare(config: RunConfig) -> Material:
+    """Chooses the exemplars and backgrounds and loads them into the network's frame."""
+    dataset, index, exemplars = choose_exemplars(config)
+    cases = {case.id: case for case in dataset.split("train")}
     free = background_slices(index)
     if len(free) > MAX_BACKGROUNDS:
+        rng = np.random.default_rng(derive_seed(config.seed, "backgrounds"))
         free = [free[i] for i in sorted(rng.choice(len(free), MAX_BACKGROUNDS, replace=False))]
 
     window = pick_window(config, dataset)
@@ -109,15 +133,24 @@ def prepare(config: RunConfig) -> Material:
     size = config.model.image_size or _image_size(config, loaded.values())
     numbers = list(dataset.labels.values())
     images, labels = _in_frame(exemplars, loaded, size, numbers)
+    # Beyond the body a volume can have slices that show nothing: no background to learn from.
+    free = [key for key in free if _shows_something(loaded[key.case_id].image[key.slice_number])]
     backgrounds = _in_frame(free, loaded, size, numbers)[0] if free else fill_foreground(images, labels)
     pool = Pool(images, labels, backgrounds, len(numbers), backgrounds_filled=not free)
-    resolved = replace(config, model=replace(config.model, image_size=size))
+    fixed = None if window.low is None or window.high is None else (window.low, window.high)
+    resolved = replace(config, data=replace(config.data, window=fixed), model=replace(config.model, image_size=size))
     return Material(resolved, dataset, index, exemplars, pool)
 
 
 def pick_window(config: RunConfig, dataset: Dataset) -> Window:
     window = config.data.window
     return Window(*window) if window is not None else default_window(dataset)
+
+
+def preview(material: Material, count: int = 20) -> Batch:
+    """The first pasted samples of the set, for the preview sheet."""
+    pasted = replace(material.config.synthesis, real_share=0.0)
+    return synthesize(material.pool, list(range(count)), pasted, material.config.seed)
 
 
 def train(
@@ -159,7 +192,12 @@ def train(
 
             done = step + 1
             speed = (done - first) * config.batch_size / (time.perf_counter() - started)
-            record = {"step": done, "loss": round(loss.item(), 6), "learning_rate": rate, "images_per_s": round(speed, 3)}
+            record = {
+                "step": done,
+                "loss": round(loss.item(), 6),
+                "learning_rate": rate,
+                "images_per_s": round(speed, 3),
+            }
             log.write(json.dumps(record) + "\n")
             log.flush()
             if progress is not None:
@@ -207,11 +245,9 @@ def draw_targets(labels: Tensor, count: int, classes: int, generator: torch.Gene
 
 def save_checkpoint(folder: Path, segmenter: Segmenter, optimizer: torch.optim.Optimizer, step: int) -> None:
     """What `--resume` needs: the step, the trained tensors and the optimiser's state; whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
     trained = {name: p.detach().cpu() for name, p in segmenter.named_parameters() if p.requires_grad}
-    part = folder / ".state.part"
-    torch.save({"step": step, "trained": trained, "optimizer": optimizer.state_dict()}, part)
-    part.replace(folder / "state.pt")
+    with whole_or_nothing(folder / "state.pt") as unfinished:
+        torch.save({"step": step, "trained": trained, "optimizer": optimizer.state_dict()}, unfinished)
 
 
 def load_checkpoint(folder: Path, segmenter: Segmenter, optimizer: torch.optim.Optimizer) -> int:
@@ -247,9 +283,15 @@ def _claim(run: RunFolder, config: RunConfig, resume: bool) -> None:
     save_config(config, run.config)
 
 
-def _image_size(config: RunConfig, cases: Iterator[CaseSlices] | object) -> int:
-    full = get_backbone(config.model.backbone).image_size_px
-    longest = max(max(case.image.shape[-2:]) for case in cases)  # type: ignore[attr-defined]
+def _shows_something(image: np.ndarray) -> bool:
+    """(C, H, W) in [0, 1]: more than a twentieth of it brighter than a twentieth of the window."""
+    return bool((image > 0.05).any(axis=0).mean() > 0.05)
+
+
+def _image_size(config: RunConfig, cases: Iterable[CaseSlices]) -> int:
+    """What the backbone trains at: half of it where every image is small."""
+    full = get_backbone(config.model.backbone).training_size_px
+    longest = max(max(case.image.shape[-2:]) for case in cases)
     return full // 2 if longest <= SMALL_IMAGE_PX else full
 
 
@@ -261,7 +303,8 @@ def _in_frame(
     for key in keys:
         case = loaded[key.case_id]
         image, label = case.image[key.slice_number], case.label[key.slice_number]  # type: ignore[index]
-        frame = Frame(*image.shape[-2:], size)
+        height, width = image.shape[-2:]
+        frame = Frame(height, width, size)
         classes = np.zeros(256, np.uint8)
         classes[numbers] = np.arange(1, len(numbers) + 1)
         images.append(frame.to_model(torch.from_numpy(image)))

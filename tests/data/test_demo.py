@@ -30,9 +30,7 @@ def test_the_demo_dataset(tmp_path):
     test = index_slices(dataset, dataset.split("test"))
     assert sum(s.has_foreground for s in train.slices) == len(demo.LABELLED_SLICES)
     assert sum(not s.has_foreground for s in train.slices) == len(demo.BACKGROUND_SLICES)
-    assert (
-        list(dataset.labels) == list(demo.STRUCTURES) and "one template brain" in dataset.description.lower()
-    )
+    assert list(dataset.labels) == list(demo.STRUCTURES) and "one template brain" in dataset.description.lower()
     # Every structure trains on, and is tested on, more than a corner of itself.
     assert (train.area_px.max(0) > 300).all() and (test.area_px.max(0) > 300).all()
     # In millimetres too, from the files' own affines.

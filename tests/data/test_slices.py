@@ -189,7 +189,7 @@ def test_load_case(folder):
     case = load_case(dataset.cases[0], dataset, default_window(dataset), "coronal")
     assert case.image.shape == (3, 1, 2, 4) and case.image.flags.c_contiguous
     assert case.label.shape == (3, 2, 4) and case.label.dtype == np.uint8
-    assert 0 <= case.image.min() and case.image.max() <= 1
+    assert case.image.min() >= 0 and case.image.max() <= 1
     torch.from_numpy(case.image)
 
 

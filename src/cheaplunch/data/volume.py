@@ -4,18 +4,20 @@ Arrays run (C, Z, Y, X) with Z towards superior, Y towards posterior and X towar
 to these, permuted and flipped, never interpolated. `array[:, z]` is an axial slice as radiologists see it.
 """
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
+from nibabel.affines import voxel_sizes
 from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation, ornt_transform
 from PIL import Image
 
 from cheaplunch.errors import UserError
+from cheaplunch.files import whole_or_nothing
 
 NIFTI_SUFFIXES = (".nii.gz", ".nii")
 PICTURE_SUFFIXES = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".bmp")
@@ -91,6 +93,8 @@ def read_volume(paths: Sequence[Path]) -> Volume:
         else:
             _check_same_grid(own, grid)
         channels += [_to_lps(voxels[..., c], own) for c in range(voxels.shape[-1])]
+    if grid is None:
+        raise ValueError("a volume has at least one channel")
     return Volume(np.stack(channels), _spacing_mm(grid), grid)
 
 
@@ -132,9 +136,7 @@ def write_mask(mask: np.ndarray, like: Volume, path: Path) -> None:
     if mask.size and mask.min() < 0:
         raise ValueError("label numbers are not negative")
     mask = mask.astype(np.min_scalar_type(int(mask.max(initial=0))))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}{suffix}")
-    try:
+    with whole_or_nothing(path, suffix) as unfinished:
         if grid.header is None:
             Image.fromarray(mask[0]).save(unfinished)
         else:
@@ -146,9 +148,6 @@ def write_mask(mask: np.ndarray, like: Volume, path: Path) -> None:
             header["descrip"] = header["aux_file"] = header["db_name"] = b""  # may name the patient
             image = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
             nib.save(image(_from_lps(mask, grid), grid.affine, header), unfinished)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def stored_range(path: Path) -> tuple[float, float] | None:
@@ -169,7 +168,7 @@ def _read(path: Path, label: bool = False) -> tuple[np.ndarray, Grid]:
 
 def _read_nifti(path: Path) -> tuple[np.ndarray, Grid]:
     with _reading(path):
-        image = nib.load(path)
+        image: Any = nib.load(path)
         voxels = np.asanyarray(image.dataobj)
     if voxels.ndim == 2:
         raise UserError(f"{path} has two axes: export it with three (one slice: a third axis of length 1)")
@@ -184,10 +183,9 @@ def _read_nifti(path: Path) -> tuple[np.ndarray, Grid]:
 def _read_picture(path: Path, label: bool) -> tuple[np.ndarray, Grid]:
     with _reading(path), Image.open(path) as picture:
         if getattr(picture, "n_frames", 1) > 1:
-            raise UserError(f"{path} has {picture.n_frames} pages: save each as its own file")
-        if not label and picture.mode == "P":  # a label map's palette only colours its numbers
-            picture = picture.convert("RGB")
-        elif picture.mode in ("RGBA", "CMYK", "YCbCr"):
+            raise UserError(f"{path} has {getattr(picture, 'n_frames', 1)} pages: save each as its own file")
+        # A palette holds an image's values, but only the colours of a label map's numbers.
+        if (not label and picture.mode == "P") or picture.mode in ("RGBA", "CMYK", "YCbCr"):
             picture = picture.convert("RGB")
         elif picture.mode == "LA":
             picture = picture.convert("L")
@@ -225,7 +223,7 @@ def _spacing_mm(grid: Grid) -> tuple[float, float, float] | None:
     """(z, y, x); each file axis carries its voxel size to the world axis nearest to it."""
     if grid.affine is None:
         return None
-    spacing = dict(zip(grid.orientation[:, 0].astype(int), nib.affines.voxel_sizes(grid.affine), strict=True))
+    spacing = dict(zip(grid.orientation[:, 0].astype(int), voxel_sizes(grid.affine), strict=True))
     return float(spacing[2]), float(spacing[1]), float(spacing[0])
 
 
@@ -235,9 +233,8 @@ def _check_same_grid(grid: Grid, like: Grid) -> None:
             f"{grid.path} has shape {grid.shape} but {like.path.name} has {like.shape}: "
             "export it again on the image's grid"
         )
-    if (grid.affine is None) != (like.affine is None) or (
-        grid.affine is not None and not np.allclose(grid.affine, like.affine, rtol=0, atol=_AFFINE_TOLERANCE)
-    ):
-        raise UserError(
-            f"{grid.path} has another affine than {like.path.name}: export it again on the image's grid"
-        )
+    ours, theirs = grid.affine, like.affine
+    if ours is None and theirs is None:
+        return
+    if ours is None or theirs is None or not np.allclose(ours, theirs, rtol=0, atol=_AFFINE_TOLERANCE):
+        raise UserError(f"{grid.path} has another affine than {like.path.name}: export it again on the image's grid")

@@ -1,10 +1,7 @@
 """From scores of cases to the figures people quote: the JSON of `evaluate` and its plain-text table."""
 
-import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -74,8 +71,7 @@ def summarise(
         "mean": {metric: _mean(figures[metric] for figures in classes.values()) for metric in METRICS},
         "ci95": {"dice": bootstrap_ci95(rows, patients, rng)},
         "cases": [
-            {"id": row.case_id, "class": row.class_name} | {m: getattr(row.score, m) for m in METRICS}
-            for row in rows
+            {"id": row.case_id, "class": row.class_name} | {m: getattr(row.score, m) for m in METRICS} for row in rows
         ],
     }
 
@@ -103,18 +99,6 @@ def bootstrap_ci95(
     class_means = np.divide(drawn @ total, n, out=np.zeros_like(n), where=n > 0)
     means = class_means.sum(axis=1) / (n > 0).sum(axis=1)
     return [float(bound) for bound in np.percentile(means, [2.5, 97.5])]
-
-
-def write_json(results: Mapping, path: Path) -> None:
-    """Write results whole or not at all. Raises ValueError for nan or inf, OSError for a missing folder."""
-    path = Path(path)
-    text = json.dumps(results, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # same folder: replacing is one step
-    try:
-        unfinished.write_text(text, encoding="utf-8")
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 _PROMPTS = {

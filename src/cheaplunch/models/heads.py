@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ def make_two_outputs(network: Sam, start: Literal["pretrained", "fresh"] = "pret
     token and the background's last layer is zero: softmax over (0, t) is sigmoid(t), and training
     starts exactly at the zero-shot model. With `fresh`, both outputs start at random as SAMed's do.
     """
-    decoder = network.mask_decoder
+    decoder: Any = network.mask_decoder
     order = list(_OLD_TOKEN)
     decoder.mask_tokens.weight.copy_(decoder.mask_tokens.weight[order].clone())
     decoder.output_hypernetworks_mlps = torch.nn.ModuleList(decoder.output_hypernetworks_mlps[i] for i in order)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -39,7 +40,12 @@ def add_lora(
         target_modules="|".join(f"({pattern})" for pattern in targets),
         modules_to_save=list(trained) or None,
     )
-    return get_peft_model(network, config)  # pyright: ignore[reportReturnType]
+    adapted = get_peft_model(network, config)
+    for module in adapted.modules():
+        if isinstance(module, LoraLayer):
+            # peft would turn bf16 activations into float32 only for autocast to turn them back: two copies a layer.
+            module.cast_input_dtype_enabled = False
+    return adapted  # pyright: ignore[reportReturnType]
 
 
 def save_adapter(adapted: PeftModel, folder: Path) -> None:
@@ -58,7 +64,9 @@ def load_adapter(adapted: PeftModel, folder: Path) -> None:
     """
     path = folder / ADAPTER_FILE
     if not path.is_file():
-        raise UserError(f"{path} is missing; is {folder.parent} a finished run? (`cheaplunch finetune --resume` ends it)")
+        raise UserError(
+            f"{path} is missing; is {folder.parent} a finished run? (`cheaplunch finetune --resume` ends it)"
+        )
     try:
         state = load_file(path)
     except SafetensorError as error:
@@ -67,7 +75,9 @@ def load_adapter(adapted: PeftModel, folder: Path) -> None:
     found = {name: tuple(tensor.shape) for name, tensor in state.items()}
     if shapes != found:
         differing = sorted(name for name in shapes.keys() | found.keys() if shapes.get(name) != found.get(name))
-        raise UserError(f"{path} does not fit this backbone and head: {len(differing)} tensors differ, first {differing[0]}")
+        raise UserError(
+            f"{path} does not fit this backbone and head: {len(differing)} tensors differ, first {differing[0]}"
+        )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         set_peft_model_state_dict(adapted, state)

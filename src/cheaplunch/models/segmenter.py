@@ -10,7 +10,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from cheaplunch.config import ModelConfig
-from cheaplunch.models.backbones import load_backbone
+from cheaplunch.models.backbones import get_backbone, load_backbone
 from cheaplunch.models.heads import Head, foreground_logit, make_two_outputs, trained_modules
 from cheaplunch.models.lora import DECODER_QV, ENCODER_QV, add_lora, load_adapter
 from cheaplunch.models.sam import Sam
@@ -63,7 +63,7 @@ class Segmenter(nn.Module):
 
 def build_segmenter(config: ModelConfig, seed: int = 0) -> Segmenter:
     """The network of `config`, its LoRA layers and head at their start, drawn from `seed`."""
-    size = config.image_size
+    size = config.image_size or get_backbone(config.backbone).image_size_px
     network = load_backbone(config.backbone, size, config.weights)
     if config.tuning == "none":
         return Segmenter(network, "single", size).eval()

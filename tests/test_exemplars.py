@@ -1,0 +1,145 @@
+import numpy as np
+import pytest
+
+from cheaplunch.data.slices import SliceArea, SliceIndex
+from cheaplunch.errors import UserError
+from cheaplunch.exemplars import (
+    SliceKey,
+    background_slices,
+    pick_exemplars,
+    read_exemplars,
+    require_every_class,
+    write_exemplars,
+)
+
+
+def index_of(cases: dict[str, list[tuple[int, ...]]], labels=("liver", "kidney")) -> SliceIndex:
+    """Case → the class areas of its slices."""
+    rows = (SliceArea(case, n, areas) for case, slices in cases.items() for n, areas in enumerate(slices))
+    return SliceIndex("axial", labels, tuple(rows))
+
+
+#        slice   0        1        2         3        4       5
+TWO = {
+    "a": [(0, 0), (50, 0), (100, 4), (60, 8), (0, 8), (0, 0)],
+    "b": [(40, 0), (90, 2), (10, 5), (9, 0)],
+}
+
+
+def pick(index, count, strategy, seed=0):
+    return [
+        (key.case_id, key.slice_number) for key in pick_exemplars(index, count, strategy, np.random.default_rng(seed))
+    ]
+
+
+# ---- most classes
+
+
+def test_most_classes_and_ties_by_area_relative_to_each_class():
+    # a: slices 2 and 3 show both. 104 px against 68, but 100/100 + 4/8 = 1.5 against 60/100 + 8/8 = 1.6.
+    # b: slices 1 and 2 show both: 0.9 + 0.25 against 0.1 + 0.625.
+    for seed in range(5):
+        assert pick(index_of(TWO), 2, "most-classes", seed) == [("a", 3), ("b", 1)]
+
+
+def test_one_of_each_volume_before_a_second_of_any():
+    found = {tuple(pick(index_of(TWO), 1, "most-classes", seed)) for seed in range(20)}
+    assert found == {(("a", 3),), (("b", 1),)}  # which volume comes first is drawn
+    third = {frozenset(case for case, _ in pick(index_of(TWO), 3, "most-classes", seed)) for seed in range(20)}
+    assert third == {frozenset("ab")}
+
+
+def test_the_second_of_a_volume_is_far_from_the_first():
+    # Slice 4 has both classes and the most of them. Of the eight others the far half is 0, 1, 7 and 8
+    # (4, 3, 3 and 4 away), and of these 7 shows both classes, though 3 and 5 show more.
+    areas = [(20, 0), (30, 0), (40, 0), (90, 9), (99, 10), (98, 9), (40, 0), (20, 1), (15, 0)]
+    assert pick(index_of({"c": areas}), 2, "most-classes") == [("c", 4), ("c", 7)]
+
+
+# ---- random
+
+
+def test_random_takes_slices_of_ten_pixels_and_more_only():
+    index = index_of({"a": [(9, 0), (10, 0), (5, 5), (0, 0)], "b": [(0, 9), (0, 300)]})
+    assert pick(index, 3, "random") == [("a", 1), ("a", 2), ("b", 1)]  # all there are
+    drawn = [pick(index, 1, "random", seed)[0] for seed in range(90)]
+    assert all(drawn.count(key) >= 15 for key in [("a", 1), ("a", 2), ("b", 1)])  # 30 each expected
+
+
+def test_auto_is_random_for_one_class_and_most_classes_for_several():
+    one = index_of({"a": [(10,), (500,), (10,), (10,)]}, labels=("tumour",))
+    assert {pick(one, 1, "auto", seed)[0] for seed in range(40)} == {("a", n) for n in range(4)}
+    assert pick(index_of(TWO), 2, "auto") == [("a", 3), ("b", 1)]
+
+
+@pytest.mark.parametrize("strategy", ["most-classes", "random"])
+def test_more_than_there_are(strategy):
+    # Worth having in TWO: a1, a2, a3, b0, b1, b2. a4 has 8 px, b3 has 9.
+    assert len(set(pick(index_of(TWO), 6, strategy))) == 6
+    with pytest.raises(UserError, match=r"--exemplars 7: only 6 "):
+        pick(index_of(TWO), 7, strategy)
+
+
+# ---- what they show
+
+
+def test_a_class_on_no_exemplar_is_named():
+    index = index_of(TWO)
+    require_every_class(index, [SliceKey("a", 1), SliceKey("a", 4)], "--exemplars 2")
+    with pytest.raises(UserError, match=r"^--exemplars 2: no exemplar shows kidney; ") as error:
+        require_every_class(index, [SliceKey("a", 1), SliceKey("b", 0)], "--exemplars 2")
+    assert "liver" not in str(error.value)
+
+
+def test_background_is_without_any_foreground():
+    assert background_slices(index_of(TWO)) == [SliceKey("a", 0), SliceKey("a", 5)]  # b3's 9 px are foreground
+
+
+# ---- the CSV
+
+
+def test_csv_round_trip_with_areas(tmp_path):
+    index, path = index_of(TWO), tmp_path / "picked.csv"
+    keys = [SliceKey("a", 3), SliceKey("b", 1)]
+    write_exemplars(path, index, keys)
+    assert path.read_text().split() == ["case,slice,liver_px,kidney_px", "a,3,60,8", "b,1,90,2"]
+    assert read_exemplars(path, index) == keys
+
+
+def test_csv_as_a_spreadsheet_saves_it(tmp_path):
+    path = tmp_path / "picked.csv"
+    path.write_bytes(b"\xef\xbb\xbfslice,note,case\r\n1,clear,b\r\n3,,a\r\n3,again,a\r\n")
+    assert read_exemplars(path, index_of(TWO)) == [SliceKey("a", 3), SliceKey("b", 1)]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("case,slice\na,3\na,x\n", "line 3: needs the columns case and slice"),
+        ("case,slice\na,1.5\n", "line 2: needs the columns"),
+        ("case,slice\na\n", "line 2: needs the columns"),
+        ("volume,slice\na,3\n", "line 2: needs the columns"),
+        ("case;slice\na;3\n", "line 2: needs the columns"),
+        ("case,slice\n\n\na,x\n", "line 4: needs the columns"),
+        ("case,slice\na,3\nc,3\n", "line 3: there is no slice 3 of c"),
+        ("case,slice\na,6\n", "line 2: there is no slice 6 of a"),
+        ("case,slice\na,-1\n", "line 2: there is no slice -1 of a"),
+        ("case,slice\n", "names no slice"),
+        ("", "names no slice"),
+    ],
+)
+def test_csv_with_a_bad_line(tmp_path, text, message):
+    path = tmp_path / "picked.csv"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message) as error:
+        read_exemplars(path, index_of(TWO))
+    assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("content", [None, b"case,slice\n\xff\xfe,3\n"])
+def test_csv_that_cannot_be_read(tmp_path, content):
+    path = tmp_path / "picked.csv"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=r"--exemplar-file .*picked\.csv cannot be read"):
+        read_exemplars(path, index_of(TWO))
