@@ -66,13 +66,51 @@ def test_random_takes_slices_of_ten_pixels_and_more_only():
     assert all(drawn.count(key) >= 15 for key in [("a", 1), ("a", 2), ("b", 1)])  # 30 each expected
 
 
-def test_auto_is_random_for_one_class_and_most_classes_for_several():
-    one = index_of({"a": [(10,), (500,), (10,), (10,)]}, labels=("tumour",))
-    assert {pick(one, 1, "auto", seed)[0] for seed in range(40)} == {("a", n) for n in range(4)}
-    assert pick(index_of(TWO), 2, "auto") == [("a", 3), ("b", 1)]
+# ---- spread
 
 
-@pytest.mark.parametrize("strategy", ["most-classes", "random"])
+def test_spread_takes_each_height_once_and_each_volume_once():
+    # Five volumes of ten slices, the first two of each without foreground enough: heights (i + ½) / 5 of eight
+    # slices are 0.8, 2.4, 4, 5.6 and 7.2, so slices 2, 4, 6, 7 and 9.
+    index = index_of({case: [(0,), (9,)] + [(50,)] * 8 for case in "abcde"}, labels=("tumour",))
+    orders = set()
+    for seed in range(20):
+        picked = pick(index, 5, "spread", seed)
+        assert [case for case, _ in picked] == list("abcde")
+        assert sorted(number for _, number in picked) == [2, 4, 6, 7, 9]
+        orders.add(tuple(number for _, number in picked))
+    assert len(orders) > 10  # which volume gives which height is drawn
+
+
+def test_spread_within_one_volume_repeats_no_slice():
+    index = index_of({"a": [(50,)] * 6}, labels=("tumour",))
+    for seed in range(20):
+        assert pick(index, 6, "spread", seed) == [("a", n) for n in range(6)]
+        low, high = (number for _, number in pick(index, 2, "spread", seed))
+        assert low < 3 <= high
+
+
+def test_spread_shows_every_class_there_is():
+    # 'kidney' is on two slices of one volume only, most of it on b7; 'liver' is everywhere and stays.
+    cases = {case: [(50, 0)] * 9 for case in "abc"}
+    cases["b"][6], cases["b"][7] = (0, 30), (0, 40)
+    for seed in range(30):
+        picked = pick(index_of(cases), 3, "spread", seed)
+        assert len(set(picked)) == 3
+        assert {("b", 6), ("b", 7)} & set(picked)
+        assert len(set(picked) - {("b", 6), ("b", 7)}) >= 1
+
+
+def test_auto_is_one_of_them():
+    for index in (index_of(TWO), index_of({"a": [(10,), (500,), (10,)]}, labels=("tumour",))):
+        ways = [pick(index, 2, strategy, seed=3) for strategy in ("most-classes", "random", "spread")]
+        assert pick(index, 2, "auto", seed=3) in ways
+
+
+# ---- too many
+
+
+@pytest.mark.parametrize("strategy", ["most-classes", "random", "spread"])
 def test_more_than_there_are(strategy):
     # Worth having in TWO: a1, a2, a3, b0, b1, b2. a4 has 8 px, b3 has 9.
     assert len(set(pick(index_of(TWO), 6, strategy))) == 6

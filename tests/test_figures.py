@@ -20,7 +20,8 @@ def pixels(png) -> np.ndarray:
 @pytest.mark.parametrize("channels", [1, 3])
 def test_sheet_has_exemplars_in_the_first_column_and_labels_beneath(tmp_path, channels):
     labels = torch.full((4, 16, 16), 2, dtype=torch.uint8)
-    pool = Pool(torch.full((1, channels, 16, 16), 0.8), labels[:1], torch.zeros(1, channels, 16, 16), classes=2)
+    size = torch.tensor([[16, 16]])
+    pool = Pool(torch.full((1, channels, 16, 16), 0.8), labels[:1], torch.zeros(1, channels, 16, 16), size, size, 2)
     samples = Batch(torch.full((4, channels, 16, 16), 0.4), torch.ones_like(labels))
     figures.synthesis_sheet(pool, samples, ["liver", "_a $spleen$"], tmp_path / "sheet.png")
 

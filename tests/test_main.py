@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from cheaplunch.__main__ import main
+from cheaplunch.data.layouts import open_dataset
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
@@ -143,8 +144,9 @@ def test_missing_label(broken, tmp_path, capsys):
 
 
 def test_label_of_another_shape(broken, tmp_path, capsys):
-    rewrite(broken / "labelsTr" / "case_1.nii.gz", lambda label: label[:-1])
-    assert "labelsTr/case_1.nii.gz" in said(capsys, small(broken, tmp_path / "run"))
+    label = open_dataset(broken).split("train")[0].label
+    rewrite(label, lambda voxels: voxels[:-1])
+    assert f"labelsTr/{label.name}" in said(capsys, small(broken, tmp_path / "run"))
 
 
 def test_nan_voxels(broken, tmp_path, capsys):
@@ -152,8 +154,9 @@ def test_nan_voxels(broken, tmp_path, capsys):
         image[0, 0, 0] = np.nan
         return image
 
-    rewrite(broken / "imagesTr" / "case_2_0000.nii.gz", poison)
-    assert "imagesTr/case_2_0000.nii.gz" in said(capsys, small(broken, tmp_path / "run"))
+    (image,) = open_dataset(broken).split("train")[0].images
+    rewrite(image, poison)
+    assert f"imagesTr/{image.name}" in said(capsys, small(broken, tmp_path / "run"))
 
 
 def test_class_absent_from_every_exemplar(broken, tmp_path, capsys):

@@ -18,7 +18,7 @@ from cheaplunch.synthesis import (
     vary_intensity,
 )
 
-STILL = SynthesisConfig(real_share=0, rotation_deg=0, scale=0, shift=0, flip=0, blur_px=0, intensity=0)
+STILL = SynthesisConfig(drop=0, real_share=0, rotation_deg=0, scale=0, shift=0, flip=0, blur_px=0, intensity=0)
 LIVELY = SynthesisConfig(real_share=0.5, rotation_deg=30, scale=0.3, shift=0.1, flip=0.5, blur_px=1, intensity=0.3)
 
 
@@ -33,7 +33,8 @@ def with_(config: SynthesisConfig, **changes) -> SynthesisConfig:
 
 
 def pool_of(image, label, background, classes) -> Pool:
-    return Pool(image[None], label[None], background[None], classes)
+    size = torch.tensor([[image.shape[-1], image.shape[-2]]])
+    return Pool(image[None], label[None], background[None], size, size, classes)
 
 
 def ellipse(size: int, row: float, col: float, height: float, width: float) -> torch.Tensor:
@@ -220,7 +221,8 @@ def pool():
     torch.manual_seed(0)
     first = ellipse(32, 14, 12, 5, 4).byte() + 3 * ellipse(32, 20, 23, 4, 4).byte()
     second = 2 * ellipse(32, 16, 16, 6, 5).byte()
-    return Pool(torch.rand(2, 1, 32, 32), torch.stack([first, second]), torch.rand(3, 1, 32, 32), 3)
+    sizes = torch.full((3, 2), 32)
+    return Pool(torch.rand(2, 1, 32, 32), torch.stack([first, second]), torch.rand(3, 1, 32, 32), sizes[:2], sizes, 3)
 
 
 def test_sample_i_is_the_same_whatever_it_is_asked_for_with(pool):
@@ -291,13 +293,54 @@ def test_intensity_keeps_the_order_of_greys_the_range_and_black():
 # ---- backgrounds from slices that all show foreground
 
 
+def test_a_dropped_organ_leaves_the_other_but_never_nothing():
+    label = drawing(". . . .\n. 1 2 .\n. 1 2 .\n. . . .")
+    pool = pool_of(torch.full((1, 4, 4), 0.5), label, torch.zeros(1, 4, 4), 2)
+    seen = synthesize(pool, list(range(40)), dataclasses.replace(STILL, drop=0.5), seed=0).labels
+    classes = {frozenset(sample.unique().tolist()) - {0} for sample in seen}
+    assert classes == {frozenset({1}), frozenset({2}), frozenset({1, 2})}
+    always = synthesize(pool, [0, 1, 2], dataclasses.replace(STILL, drop=1.0), seed=0).labels
+    assert torch.equal(always, label.expand(3, 4, 4))
+
+
+def whole(images: torch.Tensor) -> torch.Tensor:
+    """Width and height of slices that fill their square."""
+    return torch.tensor([[images.shape[-1], images.shape[-2]]]).expand(len(images), 2)
+
+
+def test_filling_does_not_let_the_padding_in():
+    # A slice 20 px wide in a square of 32: its hole reaches to the padding at the right and must not turn dark.
+    images = torch.zeros(1, 1, 32, 32)
+    images[..., :20] = 0.6
+    labels = torch.zeros(1, 32, 32, dtype=torch.uint8)
+    labels[0, 8:24, 14:20] = 1
+    filled = fill_foreground(images, labels, torch.tensor([[20, 32]]))
+    torch.testing.assert_close(filled[..., :20], torch.full((1, 1, 32, 20), 0.6), atol=1e-5, rtol=0)
+
+
+def test_a_narrow_slice_is_flipped_in_its_own_place():
+    # 16 px wide in a square of 32. Flipped about the square's centre it would land in the padding.
+    image, label = torch.zeros(1, 32, 32), torch.zeros(32, 32, dtype=torch.uint8)
+    image[..., :16] = 0.5
+    label[4:8, 2:5] = 1
+    size = torch.tensor([[16, 32]])
+    pool = Pool(image[None], label[None], image[None], size, size, 1)
+    still = dataclasses.replace(
+        SynthesisConfig(), rotation_deg=0, scale=0, shift=0, blur_px=0, intensity=0, flip=1.0, real_share=1.0
+    )
+    flipped = synthesize(pool, [0], still, seed=0)
+    torch.testing.assert_close(flipped.images[0, ..., :16], torch.full((1, 32, 16), 0.5))
+    assert torch.equal(flipped.labels[0, 24:28, 11:14], torch.ones(4, 3, dtype=torch.uint8))
+    assert flipped.labels.sum() == 12
+
+
 def test_filling_leaves_the_rest_untouched_and_stays_within_the_surroundings():
     torch.manual_seed(0)
     labels = ellipse(40, 18, 22, 7, 9).byte()[None]
     images = torch.rand(1, 2, 40, 40) * 0.2 + 0.3
     images[:, 1] += 0.4  # channels of different range
     images = torch.where(labels[:, None] > 0, 1.0, images)
-    filled = fill_foreground(images, labels)
+    filled = fill_foreground(images, labels, whole(images))
     changed = (filled != images).any(dim=1)[0]
     near = torch.nn.functional.max_pool2d(labels[:, None].float(), 7, 1, 3)[0, 0] > 0  # at most 3 px off the organ
     assert (changed | (labels[0] == 0)).all()
@@ -312,7 +355,8 @@ def test_filling_leaves_the_rest_untouched_and_stays_within_the_surroundings():
 def test_filling_a_constant_gives_the_constant(size):
     labels = torch.zeros(1, size, size, dtype=torch.uint8)
     labels[0, 3 : size // 2, : size // 2] = 1  # touches the edge
-    filled = fill_foreground(torch.where(labels[:, None] > 0, 0.9, 0.4), labels)
+    images = torch.where(labels[:, None] > 0, 0.9, 0.4)
+    filled = fill_foreground(images, labels, whole(images))
     torch.testing.assert_close(filled, torch.full((1, 1, size, size), 0.4), atol=1e-5, rtol=0)
 
 
@@ -321,7 +365,9 @@ def test_filling_takes_the_soft_edge_of_the_organ_with_it():
     labels = ellipse(40, 18, 22, 7, 9).byte()[None]
     halo = torch.nn.functional.max_pool2d(labels[:, None].float(), 3, 1, 1)  # the organ and one pixel around it
     images = torch.where(labels[:, None] > 0, 0.9, torch.where(halo > 0, 0.6, 0.3))
-    torch.testing.assert_close(fill_foreground(images, labels), torch.full((1, 1, 40, 40), 0.3), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        fill_foreground(images, labels, whole(images)), torch.full((1, 1, 40, 40), 0.3), atol=1e-5, rtol=0
+    )
 
 
 def test_filling_counts_the_near_most():
@@ -329,7 +375,7 @@ def test_filling_counts_the_near_most():
     images = torch.cat([torch.full((1, 1, 32, 16), 0.2), torch.full((1, 1, 32, 16), 0.8)], dim=3)
     labels = torch.zeros(1, 32, 32, dtype=torch.uint8)
     labels[0, 12:20, 6:26] = 1
-    filled = fill_foreground(images, labels)[0, 0, 16]
+    filled = fill_foreground(images, labels, whole(images))[0, 0, 16]
     assert filled[7] < 0.3
     assert filled[24] > 0.7
     assert (filled[6:26].diff() > -0.05).all()

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 import cheaplunch as package
-from cheaplunch.config import METHODS, PromptKind, RunConfig, build_config, read_yaml, setting_type, settings
+from cheaplunch.config import METHODS, PromptKind, RunConfig, build_config, override, read_yaml, setting_type, settings
 from cheaplunch.errors import UserError
 
 if typing.TYPE_CHECKING:
@@ -102,11 +102,15 @@ def finetune(options: Namespace) -> None:
 
 def evaluate(options: Namespace) -> None:
     """Score a run, or the weights as they are, on the test cases; writes JSON and prints the table."""
+    from cheaplunch.evaluation.protocols import find_protocol
     from cheaplunch.evaluation.tables import format_table
     from cheaplunch.files import write_json
     from cheaplunch.runs import RunFolder
     from cheaplunch.scoring import Assessment
 
+    find_protocol(options.protocol)  # before minutes of work, not after
+    if options.out.is_dir():
+        raise UserError(f"--out {options.out} is a folder; give the JSON file to write")
     if (options.run is None) == (options.method is None):
         raise UserError("give either a RUN to evaluate, or --method zero-shot with --backbone")
     assessment = Assessment(
@@ -114,7 +118,10 @@ def evaluate(options: Namespace) -> None:
     )
     if options.run is not None:
         run = RunFolder(options.run)
-        results = _evaluate_run(run, assessment, options, options.save_masks)
+        for name in ("backbone", "image_size", "axis", "window"):
+            if getattr(options, name) is not None:
+                raise UserError(f"--{name.replace('_', '-')} goes with --method zero-shot; {run.root} brings its own")
+        results = _evaluate_run(run, assessment, options.save_masks, options.baseline, _given(options))
         write_json(results["fine-tuned"], options.out)
         print(format_table(results))
         print(f"results: {options.out}\nreport: {run.report}")
@@ -146,7 +153,7 @@ def demo(options: Namespace) -> None:
             write_demo_dataset(data)
     config = build_config("cheap-lunch", DEMO_SETTINGS | {"data": data, "seed": options.seed})
     run = _finetune(config, out, notes=DEMO_NOTES)
-    results = _evaluate_run(run, Assessment(data), options, None)
+    results = _evaluate_run(run, Assessment(data))
     print(format_table(results))
     gain = results["fine-tuned"]["mean"]["dice"] - results["zero-shot"]["mean"]["dice"]
     print(f"\nmean Dice, fine-tuned over zero-shot, one point: {gain:+.2f}")
@@ -181,10 +188,15 @@ def _config(options: Namespace, method: str, **more: Any) -> RunConfig:
     if getattr(options, "config", None) is not None:
         values |= read_yaml(options.config)
         method = values.pop("method", method)
-    given = {name: value for name, value in vars(options).items() if name in settings() and value is not None}
+    given = _given(options)
     if "data" not in values | given:
         raise UserError("--data is missing; give the folder with the labelled images")
     return build_config(method, values | given | more)
+
+
+def _given(options: Namespace) -> dict[str, Any]:
+    """The settings that stood on the command line."""
+    return {name: value for name, value in vars(options).items() if name in settings() and value is not None}
 
 
 def _finetune(config: RunConfig, out: Path, resume: bool = False, notes: list[str] | None = None) -> RunFolder:
@@ -199,18 +211,30 @@ def _finetune(config: RunConfig, out: Path, resume: bool = False, notes: list[st
     return run
 
 
-def _evaluate_run(run: RunFolder, assessment: Assessment, options: Namespace, masks: Path | None) -> dict[str, dict]:
-    """Fine-tuned and, unless switched off, the same weights untuned; keeps both in the run and renews its report."""
+def _evaluate_run(
+    run: RunFolder,
+    assessment: Assessment,
+    masks: Path | None = None,
+    baseline: bool = True,
+    given: dict[str, Any] | None = None,
+) -> dict[str, dict]:
+    """Fine-tuned and, unless switched off, the same weights untuned; keeps both in the run and renews its report.
+
+    `given` settings replace the run's: where its weights lie here, on which device to compute.
+    """
     from cheaplunch.files import write_json
     from cheaplunch.report import save_case_overlays, write_report
     from cheaplunch.scoring import open_for_scoring, zero_shot_of
 
     config = run.load_config()
+    here = {name: value for name, value in (given or {}).items() if name in {"weights", "device", "precision"}}
+    config = override(config, here)
     results: dict[str, dict] = {}
     with tempfile.TemporaryDirectory() as scratch:
-        if getattr(options, "baseline", True):
-            baseline = zero_shot_of(config)
-            results["zero-shot"] = _assess(baseline, None, assessment, Path(scratch) / "zero-shot", "zero-shot")
+        if baseline:
+            results["zero-shot"] = _assess(
+                zero_shot_of(config), None, assessment, Path(scratch) / "zero-shot", "zero-shot"
+            )
         written = masks or Path(scratch) / "masks"
         results["fine-tuned"] = _assess(config, run, assessment, written, "fine-tuned")
         kept = run.evaluations / f"{assessment.prompts}-{assessment.protocol}"
@@ -258,14 +282,19 @@ def _progress(what: str, figures: str = "") -> Iterator[typing.Callable[..., Non
     ]
     if figures:
         columns.append(TextColumn(figures))
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task(what, total=None, loss=float("nan"), images_per_s=0.0)
+    bar = Progress(*columns, console=console)
+    task = bar.add_task(what, total=None, loss=float("nan"), images_per_s=0.0)
 
-        def tell(done: int, total: int, record: dict[str, Any] | None = None) -> None:
-            shown = {name: value for name, value in (record or {}).items() if name in {"loss", "images_per_s"}}
-            bar.update(task, completed=done, total=total, **shown)
+    def tell(done: int, total: int, record: dict[str, Any] | None = None) -> None:
+        if not bar.live.is_started:  # not before there is progress, so that an error stands alone
+            bar.start()
+        shown = {name: value for name, value in (record or {}).items() if name in {"loss", "images_per_s"}}
+        bar.update(task, completed=done, total=total, **shown)
 
+    try:
         yield tell
+    finally:
+        bar.stop()
 
 
 class _Parser(ArgumentParser):

@@ -134,18 +134,22 @@ def read_exemplars(path: Path, index: SliceIndex) -> list[SliceKey]:
     """The slices that a CSV with at least the columns `case` and `slice` names, all of which must be in `index`."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file))
+            reader = csv.DictReader(file)
+            rows = [(reader.line_num, row) for row in reader]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--exemplar-file {path} cannot be read: {error}") from error
-    known = {_key(area) for area in index.slices}
+    known = {_key(area): area for area in index.slices}
     chosen = []
-    for line, row in enumerate(rows, start=2):
+    for line, row in rows:
         try:
             key = SliceKey(row["case"], int(row["slice"]))
         except (KeyError, TypeError, ValueError):
             raise UserError(f"{path}, line {line}: needs the columns case and slice (a whole number)") from None
         if key not in known:
             raise UserError(f"{path}, line {line}: there is no slice {key.slice_number} of {key.case_id} in training")
+        if not known[key].has_foreground:
+            shows = f"slice {key.slice_number} of {key.case_id} shows no class"
+            raise UserError(f"{path}, line {line}: {shows}; leave it out")
         chosen.append(key)
     if not chosen:
         raise UserError(f"--exemplar-file {path} names no slice; add lines of case,slice")

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def segmentation_loss(outputs: Tensor, targets: Tensor, ce_weight: float, dice_weight: float) -> Tensor:
-    """Outputs (…, 2, H, W), background and target, against targets (…, H, W) bool: a scalar.
+    """Outputs (…, 2, H, W), background and target, against targets (…, H, W) bool, at least one leading axis: a scalar.
 
     Soft Dice is of the target, per mask, over the probabilities: 1 − 2|P·T| / (|P| + |T|), as SAMed's without
     the squares; cross-entropy is over both outputs, per pixel.

@@ -70,9 +70,8 @@ def oracle_prompts(
     They are drawn on the image's own pixels and then moved into the network's input by `frame`.
     """
     if kind == "box":
-        corners = np.array([tight_box(mask, box_margin_px) for mask in masks]).reshape(-1, 2, 2)
-        boxes = frame.point_to_model(torch.from_numpy(corners)).reshape(1, -1, 4)
-        return Prompts(boxes_xyxy=boxes.float())
+        boxes = np.array([tight_box(mask, box_margin_px) for mask in masks]).reshape(1, -1, 4)
+        return Prompts(boxes_xyxy=torch.from_numpy(frame.box_to_model(boxes)).float())
     draw = furthest_point if kind == "furthest" else lambda mask: random_point(mask, rng)
     points = torch.tensor([draw(mask) for mask in masks], dtype=torch.float64)
     points = frame.point_to_model(points).reshape(1, -1, 1, 2).float()

@@ -38,6 +38,10 @@ class Pool:
     """(N, S, S) uint8: 0 is background, k the k-th class."""
     backgrounds: Tensor
     """Slices without foreground (M, C, S, S)."""
+    sizes: Tensor
+    """Width and height in px (N, 2) that an exemplar fills of its square; the rest is padding."""
+    background_sizes: Tensor
+    """(M, 2), likewise."""
     classes: int
     backgrounds_filled: bool = False
     """True where no training slice was free of foreground and the backgrounds are exemplars filled in."""
@@ -107,10 +111,11 @@ def _one(pool: Pool, config: SynthesisConfig, generator: torch.Generator) -> tup
     exemplar = _integer(len(pool.images), generator)
     image, label = pool.images[exemplar], pool.labels[exemplar]
     if _uniform(1, generator).item() < config.real_share:
-        moved, moved_label = _transform_whole(image, label, config, generator)
+        moved, moved_label = _transform_whole(image, label, pool.sizes[exemplar], config, generator)
     else:
-        background = pool.backgrounds[_integer(len(pool.backgrounds), generator)]
-        background, _ = _transform_whole(background, torch.zeros_like(label), config, generator)
+        number = _integer(len(pool.backgrounds), generator)
+        background, size = pool.backgrounds[number], pool.background_sizes[number]
+        background, _ = _transform_whole(background, torch.zeros_like(label), size, config, generator)
         organs, regions = cut_and_transform(image, label, pool.classes, config, generator)
         order = torch.randperm(len(organs), generator=generator)
         kept = order[_uniform(len(order), generator) >= config.drop]
@@ -157,10 +162,10 @@ def paste(foreground: Tensor, background: Tensor) -> Tensor:
 
 
 def _transform_whole(
-    image: Tensor, label: Tensor, config: SynthesisConfig, generator: torch.Generator
+    image: Tensor, label: Tensor, size: Tensor, config: SynthesisConfig, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """T of a whole slice about the image's centre: (C, S, S), (S, S) → the same."""
-    matrix = random_matrices(torch.zeros(1, 2), config, config.shift, generator)
+    """T of a whole slice about its own centre, which padding moves away from the square's: (C, S, S), (S, S) → same."""
+    matrix = random_matrices(size[None] / image.shape[-1] - 1, config, config.shift, generator)
     moved, moved_label = warp(image[None], label[None], matrix)
     return vary_intensity(blur(moved, config, generator), config, generator)[0], moved_label[0]
 
@@ -227,14 +232,17 @@ def vary_intensity(images: Tensor, config: SynthesisConfig, generator: torch.Gen
     return torch.where(images > 0, varied, images)
 
 
-def fill_foreground(images: Tensor, labels: Tensor) -> Tensor:
+def fill_foreground(images: Tensor, labels: Tensor, sizes: Tensor) -> Tensor:
     """Backgrounds from slices that all show foreground: it is replaced by what surrounds it.
 
-    (N, C, S, S), (N, S, S) → (N, C, S, S). Pull-push: known pixels are averaged down until the hole is covered and
-    blended back up, so that near pixels count most.
+    (N, C, S, S), (N, S, S) and the slices' widths and heights (N, 2) → (N, C, S, S). Pull-push: known pixels are
+    averaged down until the hole is covered and blended back up, so that near pixels count most; padding is unknown.
     """
     hole = F.max_pool2d((labels[:, None] > 0).float(), 5, stride=1, padding=2)  # soft edges belong to the organ
-    return torch.where(hole > 0, _pull_push(images * (1 - hole), 1 - hole), images)
+    ticks = torch.arange(images.shape[-1])
+    across, down = ticks < sizes[:, :1], ticks < sizes[:, 1:]  # (N, S) each
+    known = (1 - hole) * (down[:, None, :, None] & across[:, None, None, :])
+    return torch.where(hole > 0, _pull_push(images * known, known), images)
 
 
 def _pull_push(weighted: Tensor, weight: Tensor) -> Tensor:

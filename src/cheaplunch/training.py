@@ -75,15 +75,22 @@ def finetune(
 
     Raises UserError for input the user can mend, among it an `out` that already holds a run.
     """
+    if config.model.tuning == "none":
+        raise UserError(
+            "--tuning none leaves nothing to train; `cheaplunch evaluate --method zero-shot` scores it as it is"
+        )
     run = RunFolder(out)
+    _check_vacant(run, resume)
+    if resume and run.finished():
+        return run
     device = pick_device(config.device)
     precision = pick_precision(config.training.precision, device)
     material = prepare(config)
     config = material.config
+    segmenter = build_segmenter(config.model, config.seed).to(device)
     _claim(run, config, resume)
     write_exemplars(run.exemplars, material.index, material.exemplars)
     synthesis_sheet(material.pool, preview(material), list(material.dataset.labels), run.preview)
-    segmenter = build_segmenter(config.model, config.seed).to(device)
     facts = {
         "dataset": material.dataset.name,
         "data_fingerprint": material.dataset.fingerprint(),
@@ -132,11 +139,14 @@ def prepare(config: RunConfig) -> Material:
             loaded[key.case_id] = load_case(cases[key.case_id], dataset, window, config.data.axis)
     size = config.model.image_size or _image_size(config, loaded.values())
     numbers = list(dataset.labels.values())
-    images, labels = _in_frame(exemplars, loaded, size, numbers)
+    images, labels, sizes = _in_frame(exemplars, loaded, size, numbers)
     # Beyond the body a volume can have slices that show nothing: no background to learn from.
     free = [key for key in free if _shows_something(loaded[key.case_id].image[key.slice_number])]
-    backgrounds = _in_frame(free, loaded, size, numbers)[0] if free else fill_foreground(images, labels)
-    pool = Pool(images, labels, backgrounds, len(numbers), backgrounds_filled=not free)
+    if free:
+        backgrounds, _, background_sizes = _in_frame(free, loaded, size, numbers)
+    else:
+        backgrounds, background_sizes = fill_foreground(images, labels, sizes), sizes
+    pool = Pool(images, labels, backgrounds, sizes, background_sizes, len(numbers), backgrounds_filled=not free)
     fixed = None if window.low is None or window.high is None else (window.low, window.high)
     resolved = replace(config, data=replace(config.data, window=fixed), model=replace(config.model, image_size=size))
     return Material(resolved, dataset, index, exemplars, pool)
@@ -160,7 +170,6 @@ def train(
     config = material.config.training
     accelerator = Accelerator(
         cpu=next(segmenter.parameters()).device.type == "cpu",
-        mixed_precision="bf16" if precision == "bf16" else "no",
     )
     device = accelerator.device
     optimizer = build_optimizer(segmenter, config)
@@ -168,6 +177,9 @@ def train(
     first = load_checkpoint(run.checkpoint, segmenter, optimizer)
 
     segmenter.train()
+    if first:  # what was done after the checkpoint is done again
+        lines = run.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
+        run.metrics.write_text("".join(lines[:first]), encoding="utf-8")
     with run.metrics.open("a" if first else "w", encoding="utf-8") as log:
         started = time.perf_counter()
         for step, batch in _prefetched(material, first):
@@ -178,7 +190,8 @@ def train(
             targets = draw_targets(batch.labels, config.prompts_per_image, material.pool.classes, generator)
             prompts = random_points(targets, generator).to(device)
 
-            with accelerator.autocast():
+            # Not accelerate's autocast: its state is one a process, and a second run may want another precision.
+            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
                 outputs = segmenter(as_rgb(batch.images).to(device), prompts)  # (B, P, 2, S, S)
             loss = segmentation_loss(outputs, targets.to(device), config.ce_weight, config.dice_weight)
             if not torch.isfinite(loss):
@@ -266,6 +279,13 @@ def load_checkpoint(folder: Path, segmenter: Segmenter, optimizer: torch.optim.O
     return int(state["step"])
 
 
+def _check_vacant(run: RunFolder, resume: bool) -> None:
+    if run.root.exists() and not run.root.is_dir():
+        raise UserError(f"--out {run.root} is a file; give a folder")
+    if run.config.exists() and not resume:
+        raise UserError(f"--out {run.root} already holds a run; give another folder, or --resume to continue it")
+
+
 def _claim(run: RunFolder, config: RunConfig, resume: bool) -> None:
     """Makes the run's folder ours, or says why it is not to be had."""
     if resume:
@@ -275,10 +295,6 @@ def _claim(run: RunFolder, config: RunConfig, resume: bool) -> None:
             name = differing[0]
             raise UserError(f"--resume: {name} was {before[name]} in {run.root}; give the same settings or a new --out")
         return
-    if run.config.exists():
-        raise UserError(f"--out {run.root} already holds a run; give another folder, or --resume to continue it")
-    if run.root.exists() and not run.root.is_dir():
-        raise UserError(f"--out {run.root} is a file; give a folder")
     run.root.mkdir(parents=True, exist_ok=True)
     save_config(config, run.config)
 
@@ -297,9 +313,9 @@ def _image_size(config: RunConfig, cases: Iterable[CaseSlices]) -> int:
 
 def _in_frame(
     keys: list[SliceKey], loaded: dict[str, CaseSlices], size: int, numbers: list[int]
-) -> tuple[Tensor, Tensor]:
-    """Slices in the network's square: (N, C, size, size), and labels (N, size, size) as class 1…K."""
-    images, labels = [], []
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Slices in the network's square (N, C, size, size), labels (N, size, size) as class 1…K, and width and height."""
+    images, labels, sizes = [], [], []
     for key in keys:
         case = loaded[key.case_id]
         image, label = case.image[key.slice_number], case.label[key.slice_number]  # type: ignore[index]
@@ -309,7 +325,13 @@ def _in_frame(
         classes[numbers] = np.arange(1, len(numbers) + 1)
         images.append(frame.to_model(torch.from_numpy(image)))
         labels.append(frame.label_to_model(torch.from_numpy(classes[label])))
-    return torch.stack(images), torch.stack(labels)
+        if label.any() and not labels[-1].any():
+            raise UserError(
+                f"--image-size {size}: the foreground of slice {key.slice_number} of {key.case_id} is lost at it; "
+                "give a larger one, or other exemplars"
+            )
+        sizes.append(torch.tensor(frame.resized[::-1]))
+    return torch.stack(images), torch.stack(labels), torch.stack(sizes)
 
 
 def _prefetched(material: Material, first: int) -> Iterator[tuple[int, Batch]]:

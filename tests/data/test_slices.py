@@ -243,3 +243,10 @@ def test_the_shared_folders_index(shared_data, name):
     index = index_slices(dataset, dataset.split("test"))
     assert (index.area_px.sum(0) > 0).all()
     assert name == "hippocampus" or all(s.has_foreground for s in index.slices)
+
+
+def test_a_box_reaches_to_the_outermost_pixels_of_the_square():
+    # Two pixels, 1 and 2, of four become pixels 2 to 5 of eight; where the slice shrinks, centres move as points do.
+    assert Frame(4, 4, 8).box_to_model(np.array([1.0, 1, 2, 2])).tolist() == [2, 2, 5, 5]
+    shrunk = Frame(8, 8, 4).box_to_model(np.array([2.0, 2, 5, 5]))
+    assert shrunk == pytest.approx([0.75, 0.75, 2.25, 2.25])

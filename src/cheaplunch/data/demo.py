@@ -56,7 +56,7 @@ def write_demo_dataset(root: Path) -> Path:
     labels = resample_from_to(_atlas_labels(data), template, order=0)  # nearest
 
     root = Path(root)
-    inside = np.asarray(template.dataobj) > 0
+    inside = np.greater(template.dataobj, 0)
     crop = tuple(_extent(inside.any(axis=other)) for other in ((1, 2), (0, 2)))
     for z in LABELLED_SLICES + BACKGROUND_SLICES:
         _write(root, "Tr", f"mni152_z{z:03d}", template, labels, (*crop, slice(z, z + 1)))

@@ -152,6 +152,18 @@ class Frame:
         """(…, 2) of (x, y) in slice pixels → in the square's pixels."""
         return (points + 0.5) * self._scale(points) - 0.5
 
+    def box_to_model(self, boxes: Array) -> Array:
+        """(…, 4) of (x0, y0, x1, y1), first and last slice pixels → first and last pixels of the square.
+
+        Where the slice is enlarged a pixel becomes several, and the box reaches to the outermost of them.
+        """
+        corners = boxes.reshape(*boxes.shape[:-1], 2, 2)
+        half_pixel = (self._scale(boxes).clip(1) - 1) / 2
+        moved = self.point_to_model(corners)
+        moved[..., 0, :] -= half_pixel
+        moved[..., 1, :] += half_pixel
+        return moved.reshape(boxes.shape)
+
     def point_from_model(self, points: Array) -> Array:
         """(…, 2) of (x, y) in the square's pixels → in slice pixels."""
         return (points + 0.5) / self._scale(points) - 0.5

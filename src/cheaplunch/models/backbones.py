@@ -154,9 +154,12 @@ def read_checkpoint(path: Path) -> State:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise UserError(f"{path} holds more than tensors and was not opened; give a plain state dict") from error
+        raise UserError(
+            f"{path} is no checkpoint, or holds more than tensors, and was not opened; give a plain state dict"
+        ) from error
     except (RuntimeError, EOFError, OSError, ValueError) as error:
-        raise UserError(f"{path} is damaged or no checkpoint ({str(error).splitlines()[0]}); fetch it again") from error
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path} is damaged or no checkpoint ({reason}); fetch it again") from error
     if not isinstance(state, Mapping):
         raise UserError(f"{path} holds a {type(state).__name__}, not a state dict of tensors")
     state = state.get("model", state)
@@ -258,7 +261,11 @@ def rename_tiny_vit_sam(published: State) -> State:
                 continue  # the encoder keeps its names
             name = re.sub(pattern, replacement, name)
         if ".attn.qkv." in name:
-            heads = published[re.sub(r"qkv\..*", "attention_biases", key)].shape[0]
+            biases = published.get(re.sub(r"qkv\..*", "attention_biases", key))
+            heads = len(biases) if biases is not None and biases.ndim else 0
+            if not heads or tensor.shape[0] % (3 * heads):
+                ours[name] = tensor  # `fill` will say that it fits nowhere
+                continue
             fused = tensor.view(heads, 3, tensor.shape[0] // heads // 3, *tensor.shape[1:])
             for index, projection in enumerate(("q_proj", "k_proj", "v_proj")):
                 ours[name.replace("qkv", projection)] = fused[:, index].flatten(0, 1).clone()

@@ -34,7 +34,7 @@ def make_two_outputs(network: Sam, start: Literal["pretrained", "fresh"] = "pret
     quality.weight.copy_(quality.weight[order].clone())
     quality.bias.copy_(quality.bias[order].clone())
     for token in (BACKGROUND, TARGET):
-        mlp = decoder.output_hypernetworks_mlps[token]
+        mlp: Any = decoder.output_hypernetworks_mlps[token]
         if start == "fresh":
             for layer in (mlp.proj_in, *mlp.layers, mlp.proj_out):
                 layer.reset_parameters()
@@ -47,12 +47,13 @@ def make_two_outputs(network: Sam, start: Literal["pretrained", "fresh"] = "pret
 def trained_modules(head: Head) -> list[str]:
     """Names, below the network, of the modules trained in full beside the LoRA layers.
 
-    As SAMed_s: everything of the decoder but its transformer, and the prompt encoder's embeddings. What no
-    loss reaches stays as it was: the spare tokens, the IoU head, the mask prompt's convolutions.
+    As SAMed_s: everything of the decoder but its transformer, and the prompt encoder's embeddings. What no loss
+    reaches stays as it was: the spare tokens' networks, the IoU head, the embeddings of boxes and of points off the
+    target, the mask prompt's convolutions.
     """
     outputs = (BACKGROUND, TARGET) if head == "two" else (0,)
     return [
-        *(f"prompt_encoder.point_embed.{kind}" for kind in range(4)),
+        "prompt_encoder.point_embed.1",
         "prompt_encoder.not_a_point_embed",
         "prompt_encoder.no_mask_embed",
         "mask_decoder.iou_token",
