@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from cheaplunch.data.slices import Frame
-from cheaplunch.prompts import furthest_point, oracle_prompts, random_point, random_points, tight_box
+from cheaplunch.prompts import furthest_point, oracle_prompts, random_point, tight_box, training_points
 
 
 def drawing(text: str) -> np.ndarray:
@@ -168,7 +168,7 @@ def test_random_points_are_inside_and_alike(generator):
     masks[0, 0, 2, 5] = masks[0, 0, 7, 7] = True
     masks[0, 1, 6, 1] = masks[1, 0, 0, 3] = True
     masks[1, 1] = True
-    draws = torch.stack([random_points(masks, generator).points_xy for _ in range(400)])  # (400, B, P, 1, 2)
+    draws = torch.stack([training_points(masks, generator).points_xy for _ in range(400)])  # (400, B, P, 1, 2)
     assert draws.shape == (400, 2, 2, 1, 2)
     first = [tuple(xy) for xy in draws[:, 0, 0, 0].tolist()]
     assert set(first) == {(5, 2), (7, 7)}
@@ -177,5 +177,14 @@ def test_random_points_are_inside_and_alike(generator):
     assert (draws[:, 1, 0, 0] == torch.tensor([3.0, 0.0])).all()
     spread = torch.histc(draws[:, 1, 1, 0, 0], 8, 0, 8), torch.histc(draws[:, 1, 1, 0, 1], 8, 0, 8)
     assert all(25 < count < 80 for histogram in spread for count in histogram.tolist())  # 50 each
-    prompts = random_points(masks, generator)
+    prompts = training_points(masks, generator)
     assert prompts.point_labels.tolist() == [[[1], [1]], [[1], [1]]]
+
+
+def test_a_share_of_training_points_is_furthest_from_the_boundary(generator):
+    # A square of 5 × 5 has one pixel furthest inside; drawn at random it would come up once in 25.
+    masks = torch.zeros(1, 1, 12, 12, dtype=torch.bool)
+    masks[0, 0, 4:9, 1:6] = True
+    points = [training_points(masks, generator, 0.5).points_xy[0, 0, 0].tolist() for _ in range(400)]
+    assert 160 < points.count([3.0, 6.0]) < 260  # 200 and a few by chance
+    assert training_points(masks, generator, 1.0).points_xy[0, 0, 0].tolist() == [3.0, 6.0]

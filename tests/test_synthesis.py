@@ -318,20 +318,28 @@ def test_filling_does_not_let_the_padding_in():
     torch.testing.assert_close(filled[..., :20], torch.full((1, 1, 32, 20), 0.6), atol=1e-5, rtol=0)
 
 
-def test_a_narrow_slice_is_flipped_in_its_own_place():
-    # 16 px wide in a square of 32. Flipped about the square's centre it would land in the padding.
-    image, label = torch.zeros(1, 32, 32), torch.zeros(32, 32, dtype=torch.uint8)
+def narrow_pool() -> Pool:
+    """A slice 16 px wide in a square of 32, its organ at the top left; the background's left half is the brighter."""
+    image, label, background = torch.zeros(1, 32, 32), torch.zeros(32, 32, dtype=torch.uint8), torch.zeros(1, 32, 32)
     image[..., :16] = 0.5
     label[4:8, 2:5] = 1
+    background[..., :8], background[..., 8:16] = 0.9, 0.3
     size = torch.tensor([[16, 32]])
-    pool = Pool(image[None], label[None], image[None], size, size, 1)
-    still = dataclasses.replace(
-        SynthesisConfig(), rotation_deg=0, scale=0, shift=0, blur_px=0, intensity=0, flip=1.0, real_share=1.0
-    )
-    flipped = synthesize(pool, [0], still, seed=0)
-    torch.testing.assert_close(flipped.images[0, ..., :16], torch.full((1, 32, 16), 0.5))
-    assert torch.equal(flipped.labels[0, 24:28, 11:14], torch.ones(4, 3, dtype=torch.uint8))
-    assert flipped.labels.sum() == 12
+    return Pool(image[None], label[None], background[None], size, size, 1)
+
+
+def test_a_narrow_background_is_flipped_in_its_own_place():
+    # Flipped about the square's centre it would land in the padding.
+    pasted = synthesize(narrow_pool(), [0], with_(STILL, flip=1.0), seed=0).images[0, 0]
+    assert pasted[20, 4] == pytest.approx(0.3)
+    assert pasted[20, 12] == pytest.approx(0.9)
+    assert (pasted[:, 16:] == 0).all()
+
+
+def test_a_whole_exemplar_keeps_its_sides():
+    pool = narrow_pool()
+    sample = synthesize(pool, [0, 1, 2], with_(STILL, flip=1.0, real_share=1.0), seed=0)
+    assert torch.equal(sample.labels, pool.labels.expand(3, 32, 32))
 
 
 def test_filling_leaves_the_rest_untouched_and_stays_within_the_surroundings():

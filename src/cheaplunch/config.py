@@ -78,7 +78,9 @@ class SynthesisConfig:
     rotation_deg: float = setting(15.0, "largest rotation, either way")
     scale: float = setting(0.25, "largest relative change of size, either way")
     shift: float = setting(0.04, "largest move of a pasted organ, either way, as a share of the image side")
-    flip: float = setting(0.25, "probability of a left-right flip, and of an up-down flip")
+    flip: float = setting(
+        0.25, "probability of a left-right flip, and of an up-down flip, of a pasted organ and of a background"
+    )
     blur_px: float = setting(1.0, "largest standard deviation of the Gaussian blur, in px of the network input")
     intensity: float = setting(0.2, "largest change of brightness (added) and of contrast and gamma (relative)")
 
@@ -87,10 +89,13 @@ class SynthesisConfig:
 class TrainingConfig:
     """Loss, optimiser and schedule (§3.3)."""
 
-    steps: int = setting(300, "optimiser steps")
+    steps: int = setting(200, "optimiser steps")
     batch_size: int = setting(4, "images a step")
     prompts_per_image: int = setting(4, "(class, point) pairs on each image, which share one pass of the encoder")
-    learning_rate: float = setting(4e-3, "of AdamW, at its top (§3.3: 0.001)")
+    furthest_share: float = setting(
+        0.5, "share of the training points that are furthest from the boundary, as a careful user clicks (paper: 0)"
+    )
+    learning_rate: float = setting(4e-3, "of AdamW, at its top (§3.3: 0.001; see docs/results.md)")
     weight_decay: float = setting(0.01, "of AdamW, on everything but biases and norms (paper: not stated)")
     warmup_steps: int = setting(20, "steps in which the learning rate rises (§3.3: number not stated)")
     final_lr: float = setting(0.05, "learning rate at the last step, relative, reached by exponential decay (§3.3)")
@@ -181,6 +186,7 @@ def check(config: RunConfig) -> None:
         "--real-share": config.synthesis.real_share,
         "--flip": config.synthesis.flip,
         "--drop": config.synthesis.drop,
+        "--furthest-share": config.training.furthest_share,
     }.items():
         if not 0 <= share <= 1:
             raise UserError(f"{flag} is {share}; it is a share between 0 and 1")

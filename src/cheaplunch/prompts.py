@@ -78,10 +78,16 @@ def oracle_prompts(
     return Prompts(points_xy=points, point_labels=torch.ones(points.shape[:3], dtype=torch.long))
 
 
-def random_points(masks: Tensor, generator: torch.Generator) -> Prompts:
-    """One random point of each mask, for training: masks (B, P, S, S) bool in the network's input."""
+def training_points(masks: Tensor, generator: torch.Generator, furthest_share: float = 0.0) -> Prompts:
+    """One point of each mask, for training: masks (B, P, S, S) bool in the network's input.
+
+    A random one (§2.2), or with probability `furthest_share` the one furthest from the mask's boundary.
+    """
     batch, prompts, _, width = masks.shape
     noise = torch.rand(masks.shape, generator=generator) * masks  # (B, P, S, S); the largest is uniform on the mask
     place = noise.flatten(2).argmax(dim=2)  # (B, P)
     points = torch.stack([place % width, place // width], dim=-1).float()  # (B, P, 2) as x, y
+    central = torch.rand(batch, prompts, generator=generator) < furthest_share
+    for image, prompt in central.nonzero().tolist():
+        points[image, prompt] = torch.tensor(furthest_point(masks[image, prompt].numpy()))
     return Prompts(points_xy=points[:, :, None], point_labels=torch.ones(batch, prompts, 1, dtype=torch.long))

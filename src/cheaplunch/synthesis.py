@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -111,7 +111,8 @@ def _one(pool: Pool, config: SynthesisConfig, generator: torch.Generator) -> tup
     exemplar = _integer(len(pool.images), generator)
     image, label = pool.images[exemplar], pool.labels[exemplar]
     if _uniform(1, generator).item() < config.real_share:
-        moved, moved_label = _transform_whole(image, label, pool.sizes[exemplar], config, generator)
+        upright = replace(config, flip=0.0)  # its organs keep their sides
+        moved, moved_label = _transform_whole(image, label, pool.sizes[exemplar], upright, generator)
     else:
         number = _integer(len(pool.backgrounds), generator)
         background, size = pool.backgrounds[number], pool.background_sizes[number]

@@ -45,7 +45,7 @@ from cheaplunch.losses import segmentation_loss
 from cheaplunch.models.backbones import get_backbone
 from cheaplunch.models.lora import save_adapter
 from cheaplunch.models.segmenter import Segmenter, build_segmenter
-from cheaplunch.prompts import random_points
+from cheaplunch.prompts import training_points
 from cheaplunch.runs import RunFolder, describe_environment
 from cheaplunch.runtime import pick_device, pick_precision
 from cheaplunch.synthesis import Batch, Pool, derive_seed, fill_foreground, synthesize
@@ -188,7 +188,7 @@ def train(
                 group["lr"] = rate
             generator = torch.Generator().manual_seed(derive_seed(material.config.seed, "prompts", step))
             targets = draw_targets(batch.labels, config.prompts_per_image, material.pool.classes, generator)
-            prompts = random_points(targets, generator).to(device)
+            prompts = training_points(targets, generator, config.furthest_share).to(device)
 
             # Not accelerate's autocast: its state is one a process, and a second run may want another precision.
             with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
