@@ -191,7 +191,7 @@ def _occupied(*batches: Tensor) -> tuple[int, int]:
 
 def _mosaic(batch: Batch, palette: np.ndarray, rows: int, columns: int, h: int, w: int) -> np.ndarray:
     """B images over their labels, row by row: (2 · rows · (h + gap), columns · (w + gap), 3) in [0, 1]."""
-    images = as_rgb(batch.images[..., :h, :w]).movedim(-3, -1).numpy()  # (B, h, w, 3)
+    images = as_rgb(batch.images[..., :h, :w]).clamp(0, 1).movedim(-3, -1).numpy()  # (B, h, w, 3)
     tiles = np.stack([images, palette[batch.labels[..., :h, :w].numpy()]], axis=1)  # (B, 2, h, w, 3)
     canvas = np.full((rows * columns, 2, h + GAP_PX, w + GAP_PX, 3), to_rgb(GROUND), np.float32)
     canvas[: len(tiles), :, :h, :w] = tiles
