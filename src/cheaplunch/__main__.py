@@ -238,7 +238,8 @@ def _evaluate_run(
         written = masks or Path(scratch) / "masks"
         results["fine-tuned"] = _assess(config, run, assessment, written, "fine-tuned")
         kept = run.evaluations / f"{assessment.prompts}-{assessment.protocol}"
-        kept.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(kept, ignore_errors=True)  # nothing of an earlier evaluation stays beside this one
+        kept.mkdir(parents=True)
         for name, result in results.items():
             write_json(result, kept / f"{name}.json")
         dataset, window = open_for_scoring(config, assessment)
