@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from cheaplunch.data.slices import CaseSlices, Frame, as_rgb
-from cheaplunch.prediction import Predictor, keep_clicked, merge_classes, segment_with_oracle
+from cheaplunch.prediction import Predictor, merge_classes, segment_with_oracle
 from cheaplunch.prompts import Prompts
 
 
@@ -139,13 +139,3 @@ def test_bf16_is_near(zero_shot):
     a, b = (p.probabilities(p.embed(image)[0], box) for p in (exact, rough))
     assert b.dtype == np.float32
     assert ((a > 0.5) == (b > 0.5)).mean() > 0.97
-
-
-def test_a_click_keeps_its_own_island():
-    drawn = np.array([[0.9, 0.8, 0.1, 0.7], [0.2, 0.6, 0.4, 0.7], [0.1, 0.1, 0.1, 0.1]])
-    clicked = drawn.copy()
-    keep_clicked(clicked, x=1, y=1)  # the left island; the right one goes, what was below a half stays as it was
-    assert clicked.tolist() == [[0.9, 0.8, 0.1, 0], [0.2, 0.6, 0.4, 0], [0.1, 0.1, 0.1, 0.1]]
-    missed = drawn.copy()
-    keep_clicked(missed, x=0, y=2)
-    assert np.array_equal(missed, drawn)

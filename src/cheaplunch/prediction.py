@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy import ndimage
 from torch import Tensor
 
 from cheaplunch.config import PromptKind
@@ -86,21 +85,5 @@ def segment_with_oracle(
             classes = [int(value) for value in np.unique(truth[number]) if value]
             masks = truth[number] == np.array(classes)[:, None, None]  # (P, H, W)
             prompts = oracle_prompts(kind, masks, embedded.frame, rng, box_margin_px)
-            probabilities = predictor.probabilities(embedded, prompts)
-            if prompts.points_xy is not None:
-                points = embedded.frame.point_from_model(prompts.points_xy[0, :, 0]).round().long()  # (P, 2)
-                for probability, (x, y) in zip(probabilities, points.tolist(), strict=True):
-                    keep_clicked(probability, x, y)
-            prediction[number] = merge_classes(probabilities, classes)
+            prediction[number] = merge_classes(predictor.probabilities(embedded, prompts), classes)
     return prediction
-
-
-def keep_clicked(probability: np.ndarray, x: int, y: int) -> None:
-    """Sets (H, W) to 0, in place, on the islands above a half that are not connected with the click at (x, y).
-
-    A click says which structure is meant; what lies apart from it is a guess. Nothing changes where the click itself
-    is below a half.
-    """
-    islands, _ = ndimage.label(probability > 0.5)
-    if islands[y, x]:
-        probability[(islands > 0) & (islands != islands[y, x])] = 0
