@@ -208,7 +208,7 @@ def as_values(config: RunConfig) -> dict[str, Any]:
 
 def override(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
     """`config` with `values` (setting name → value) in place of its own."""
-    merged = as_values(config) | values
+    merged = {**as_values(config), **values}
     return build_config(merged.pop("method"), merged)
 
 

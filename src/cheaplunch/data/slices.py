@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -159,7 +159,7 @@ class Frame:
         """
         corners = boxes.reshape(*boxes.shape[:-1], 2, 2)
         half_pixel = (self._scale(boxes).clip(1) - 1) / 2
-        moved = self.point_to_model(corners)
+        moved: Any = self.point_to_model(corners)
         moved[..., 0, :] -= half_pixel
         moved[..., 1, :] += half_pixel
         return moved.reshape(boxes.shape)
