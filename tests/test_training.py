@@ -12,8 +12,9 @@ import torch
 
 from cheaplunch.config import RunConfig, TrainingConfig, build_config
 from cheaplunch.errors import UserError
+from cheaplunch.material import prepare
 from cheaplunch.models.lora import ADAPTER_FILE
-from cheaplunch.training import draw_targets, finetune, learning_rate, prepare
+from cheaplunch.training import draw_targets, finetune, learning_rate
 
 
 @pytest.fixture(scope="module")

@@ -65,7 +65,7 @@ def weights(options: Namespace) -> None:
 def pick(options: Namespace) -> None:
     """Choose the slices worth labelling, or worth training on, and write them as CSV."""
     from cheaplunch.exemplars import write_exemplars
-    from cheaplunch.training import choose_exemplars
+    from cheaplunch.material import choose_exemplars
 
     _, index, chosen = choose_exemplars(_config(options, "cheap-lunch"))
     options.out.parent.mkdir(parents=True, exist_ok=True)
@@ -76,8 +76,8 @@ def pick(options: Namespace) -> None:
 def synthesize(options: Namespace) -> None:
     """Write a synthesized set as an nnU-Net raw folder of pictures, and a preview sheet of it."""
     from cheaplunch.figures import synthesis_sheet
+    from cheaplunch.material import prepare, preview
     from cheaplunch.synthesis import write_samples
-    from cheaplunch.training import prepare, preview
 
     config = _config(options, "cheap-lunch", synthetic=options.count)
     if options.out.exists() and any(options.out.iterdir()):

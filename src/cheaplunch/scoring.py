@@ -15,10 +15,10 @@ from cheaplunch.data.volume import write_mask
 from cheaplunch.errors import UserError
 from cheaplunch.evaluation.protocols import score_labels
 from cheaplunch.evaluation.tables import CaseScore, summarise
+from cheaplunch.material import pick_window
 from cheaplunch.models.segmenter import Segmenter
 from cheaplunch.prediction import Predictor, segment_with_oracle
 from cheaplunch.synthesis import derive_seed
-from cheaplunch.training import pick_window
 
 
 @dataclass(frozen=True)
