@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from cheaplunch.data.slices import Frame
-from cheaplunch.prompts import furthest_point, oracle_prompts, random_point, tight_box, training_points
+from cheaplunch.prompts import Prompts, furthest_point, oracle_prompts, random_point, tight_box, training_points
 
 
 def drawing(text: str) -> np.ndarray:
@@ -163,28 +163,32 @@ def test_oracle_points_at_random_follow_the_generator():
 
 
 def test_random_points_are_inside_and_alike(generator):
-    # Two pixels of one image, one of another, in a square of 8.
-    masks = torch.zeros(2, 2, 8, 8, dtype=torch.bool)
-    masks[0, 0, 2, 5] = masks[0, 0, 7, 7] = True
-    masks[0, 1, 6, 1] = masks[1, 0, 0, 3] = True
-    masks[1, 1] = True
-    draws = torch.stack([training_points(masks, generator).points_xy for _ in range(400)])  # (400, B, P, 1, 2)
-    assert draws.shape == (400, 2, 2, 1, 2)
-    first = [tuple(xy) for xy in draws[:, 0, 0, 0].tolist()]
+    # Two pixels, one pixel, and all of a square of 8.
+    masks = torch.zeros(3, 8, 8, dtype=torch.bool)
+    masks[0, 2, 5] = masks[0, 7, 7] = True
+    masks[1, 6, 1] = True
+    masks[2] = True
+    draws = torch.stack([training_points(masks, generator) for _ in range(400)])  # (400, P, 2)
+    assert draws.shape == (400, 3, 2)
+    first = [tuple(xy) for xy in draws[:, 0].tolist()]
     assert set(first) == {(5, 2), (7, 7)}
     assert 150 < first.count((5, 2)) < 250
-    assert (draws[:, 0, 1, 0] == torch.tensor([1.0, 6.0])).all()
-    assert (draws[:, 1, 0, 0] == torch.tensor([3.0, 0.0])).all()
-    spread = torch.histc(draws[:, 1, 1, 0, 0], 8, 0, 8), torch.histc(draws[:, 1, 1, 0, 1], 8, 0, 8)
+    assert (draws[:, 1] == torch.tensor([1.0, 6.0])).all()
+    spread = torch.histc(draws[:, 2, 0], 8, 0, 8), torch.histc(draws[:, 2, 1], 8, 0, 8)
     assert all(25 < count < 80 for histogram in spread for count in histogram.tolist())  # 50 each
-    prompts = training_points(masks, generator)
-    assert prompts.point_labels.tolist() == [[[1], [1]], [[1], [1]]]
+
+
+def test_points_become_prompts_on_the_target():
+    prompts = Prompts.of_points(torch.tensor([[[3.0, 4.0], [5.0, 6.0]]]))  # B = 1, P = 2
+    assert prompts.points_xy.tolist() == [[[[3, 4]], [[5, 6]]]]
+    assert prompts.point_labels.tolist() == [[[1], [1]]]
+    assert prompts[0:1].points_xy.shape == (1, 2, 1, 2)
 
 
 def test_a_share_of_training_points_is_furthest_from_the_boundary(generator):
     # A square of 5 × 5 has one pixel furthest inside; drawn at random it would come up once in 25.
-    masks = torch.zeros(1, 1, 12, 12, dtype=torch.bool)
-    masks[0, 0, 4:9, 1:6] = True
-    points = [training_points(masks, generator, 0.5).points_xy[0, 0, 0].tolist() for _ in range(400)]
+    masks = torch.zeros(1, 12, 12, dtype=torch.bool)
+    masks[0, 4:9, 1:6] = True
+    points = [training_points(masks, generator, 0.5)[0].tolist() for _ in range(400)]
     assert 160 < points.count([3.0, 6.0]) < 260  # 200 and a few by chance
-    assert training_points(masks, generator, 1.0).points_xy[0, 0, 0].tolist() == [3.0, 6.0]
+    assert training_points(masks, generator, 1.0)[0].tolist() == [3.0, 6.0]

@@ -3,18 +3,22 @@
 import dataclasses
 import hashlib
 import json
+import signal
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from cheaplunch.config import RunConfig, TrainingConfig, build_config
-from cheaplunch.errors import UserError
+from cheaplunch.errors import Stopped, UserError
+from cheaplunch.learner import draw_targets, learning_rate
 from cheaplunch.material import prepare
 from cheaplunch.models.lora import ADAPTER_FILE
-from cheaplunch.training import draw_targets, finetune, learning_rate
+from cheaplunch.runs import RunFolder
+from cheaplunch.training import finetune
 
 
 @pytest.fixture(scope="module")
@@ -78,9 +82,9 @@ def test_every_class_is_asked_for_before_any_again(generator):
     only = torch.tensor([[0, 2, 0], [0, 0, 0], [0, 0, 0]], dtype=torch.uint8)
     firsts = set()
     for _ in range(20):
-        targets = draw_targets(torch.stack([label, only]), 5, 4, generator)  # 5 of the 3 there are
-        assert targets.shape == (2, 5, 3, 3)
-        assert targets.dtype == torch.bool
+        targets = [draw_targets(each, 5, 4, generator) for each in (label, only)]  # 5 of the 3 there are
+        assert targets[0].shape == (5, 3, 3)
+        assert targets[0].dtype == torch.bool
         asked = []
         for target in targets[0]:
             (number,) = label[target].unique().tolist()  # one class …
@@ -129,6 +133,104 @@ def test_a_resumed_run_is_the_undisturbed_one(settings, run, tmp_path):
     assert adapter_hash(resumed) == adapter_hash(run)
     assert [r["step"] for r in records(resumed)] == [1, 2, 3]  # and no step is written down twice
     assert [r["loss"] for r in records(resumed)] == [r["loss"] for r in records(run)]
+
+
+def test_sigterm_saves_the_step_and_leaves_and_resume_ends_the_same(settings, run, tmp_path):
+    def send(done, total, record):
+        if done == 2:
+            signal.raise_signal(signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Stopped, match=r"step 2.*--resume"):
+        finetune(settings(), tmp_path / "stopped", progress=send)
+    assert signal.getsignal(signal.SIGTERM) == before
+    resumed = finetune(settings(), tmp_path / "stopped", resume=True)
+    assert adapter_hash(resumed) == adapter_hash(run)
+
+
+def test_checkpoints_are_rotated_and_a_damaged_one_falls_back(settings, run, tmp_path):
+    config = settings(checkpoint_every=1, steps=4)
+    with pytest.raises(_PowerCut):
+        finetune(config, tmp_path / "cut", progress=_cut_at(4))
+    folder = RunFolder(tmp_path / "cut").checkpoint
+    assert [path.name for path in sorted(folder.iterdir())] == ["step-000002.pt", "step-000003.pt"]
+    newest = folder / "step-000003.pt"
+    newest.write_bytes(newest.read_bytes()[:5000])
+    (folder / ".step-000004.pt.123").write_bytes(b"half")  # as a kill leaves it
+    told = []
+    finetune(config, tmp_path / "cut", resume=True, progress=lambda done, *_: told.append(done))
+    assert told == [3, 4]
+    assert not list(folder.glob(".*"))
+
+
+def test_damaged_checkpoints_are_named(settings, tmp_path):
+    with pytest.raises(_PowerCut):
+        finetune(settings(checkpoint_every=1), tmp_path / "cut", progress=_cut_at(2))
+    for path in RunFolder(tmp_path / "cut").checkpoint.iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(UserError, match=r"step-000001\.pt .*damaged"):
+        finetune(settings(checkpoint_every=1), tmp_path / "cut", resume=True)
+
+
+def test_parts_of_a_batch_add_up_to_it(settings, run, tmp_path):
+    # The same gradients but for the order of additions; AdamW's first steps magnify rounding near zero.
+    parts = finetune(settings(accumulate=2), tmp_path / "parts")
+    losses = [[r["loss"] for r in records(each)] for each in (parts, run)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def test_gradient_checkpointing_changes_no_number(settings, run, tmp_path):
+    thrifty = finetune(settings(gradient_checkpointing=True), tmp_path / "thrifty")
+    assert adapter_hash(thrifty) == adapter_hash(run)
+
+
+# ---- validation
+
+
+def test_the_best_step_on_held_out_cases_is_kept(settings, tmp_path):
+    config = settings(validation_cases=1, validate_every=1, exemplars=1, synthetic=4, steps=4, learning_rate=0.05)
+    run = finetune(config, tmp_path / "run")
+    scores = [line["validation_dice"] for line in records(run)]
+    best = scores.index(max(scores)) + 1
+    environment = json.loads(run.environment.read_text())
+    (held,) = environment["validation_cases"]
+    assert held not in run.exemplars.read_text()
+    # The adapter is that of a run whose schedule is the same and that is cut after the best step.
+    cut = tmp_path / "cut"
+    with pytest.raises(Stopped):
+        finetune(config, cut, progress=lambda done, *_: signal.raise_signal(signal.SIGTERM) if done == best else None)
+    state = torch.load(RunFolder(cut).checkpoint / f"step-{best:06d}.pt", weights_only=True)
+    kept = load_file(run.adapter / ADAPTER_FILE)
+    assert state["best"]["step"] == best
+    name = next(name for name in kept if "lora_B" in name)
+    trained = next(value for key, value in state["trained"].items() if key.replace(".default", "").endswith(name))
+    assert torch.equal(trained, kept[name])
+
+
+def test_patience_ends_a_run_that_no_longer_gains(settings, tmp_path):
+    values = {"validation_cases": 1, "validate_every": 1, "exemplars": 1, "synthetic": 4, "learning_rate": 1e-12}
+    run = finetune(settings(**values, steps=9, patience=2), tmp_path / "run")
+    assert len(records(run)) == 3  # the first look is the best of all equal ones; two more without gain
+
+
+def test_validation_needs_cases(settings, tmp_path):
+    with pytest.raises(UserError, match=r"--validation-cases 2"):
+        finetune(settings(validation_cases=2), tmp_path / "run")
+    with pytest.raises(UserError, match=r"--patience"):
+        settings(patience=1)
+
+
+# ---- trackers
+
+
+def test_tensorboard_gets_every_step(settings, run, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    tracked = finetune(settings(tracker="tensorboard"), tmp_path / "run")
+    assert adapter_hash(tracked) == adapter_hash(run)
+    told = EventAccumulator(str(tracked.root / "tensorboard" / "cheaplunch")).Reload().Scalars("loss")
+    assert [event.step for event in told] == [1, 2, 3]
+    assert [event.value for event in told] == pytest.approx([line["loss"] for line in records(tracked)])
 
 
 def test_resume_with_other_settings_is_refused_and_names_them(settings, tmp_path):

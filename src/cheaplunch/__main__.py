@@ -7,11 +7,11 @@ that `--help` and a mistyped flag answer at once.
 from __future__ import annotations
 
 import contextlib
+import io
 import shutil
 import sys
-import tempfile
 import typing
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 import cheaplunch as package
+from cheaplunch import processes
 from cheaplunch.config import METHODS, PromptKind, RunConfig, build_config, override, read_yaml, setting_type, settings
-from cheaplunch.errors import UserError
+from cheaplunch.errors import Stopped, UserError
 
 if typing.TYPE_CHECKING:
     from cheaplunch.runs import RunFolder
@@ -36,12 +37,15 @@ def main(arguments: list[str] | None = None) -> int:
     debug = "--debug" in arguments
     try:
         options = build_parser().parse_args([word for word in arguments if word != "--debug"])
-        VERBS[options.verb](options)
+        with contextlib.redirect_stdout(io.StringIO()) if processes.rank() else contextlib.nullcontext():
+            VERBS[options.verb](options)
         return 0
     except UserError as error:
         if debug:
             raise
         return _say(str(error), 2)
+    except Stopped as stopped:
+        return _say(str(stopped), 1)
     except KeyboardInterrupt:
         return _say("stopped; `cheaplunch finetune --resume` continues a run from its last checkpoint", 1)
     except Exception as error:
@@ -95,6 +99,9 @@ def finetune(options: Namespace) -> None:
     if options.method == "zero-shot":
         raise UserError("--method zero-shot trains nothing; use `cheaplunch evaluate --method zero-shot`")
     config = _config(options, options.method)
+    if options.dry_run:
+        print(_plan(config, options.out))
+        return
     run = _finetune(config, options.out, resume=options.resume)
     print(f"run: {run.root}\nreport: {run.report}")
     print(f"next: cheaplunch evaluate {run.root} --data {config.data.data} --out {run.root / 'results.json'}")
@@ -106,6 +113,7 @@ def evaluate(options: Namespace) -> None:
     from cheaplunch.evaluation.tables import format_table
     from cheaplunch.files import write_json
     from cheaplunch.runs import RunFolder
+    from cheaplunch.runtime import pick_device
     from cheaplunch.scoring import Assessment
 
     find_protocol(options.protocol)  # before minutes of work, not after
@@ -122,7 +130,8 @@ def evaluate(options: Namespace) -> None:
             if getattr(options, name) is not None:
                 raise UserError(f"--{name.replace('_', '-')} goes with --method zero-shot; {run.root} brings its own")
         results = _evaluate_run(run, assessment, options.save_masks, options.baseline, _given(options))
-        write_json(results["fine-tuned"], options.out)
+        if not processes.rank():
+            write_json(results["fine-tuned"], options.out)
         print(format_table(results))
         print(f"results: {options.out}\nreport: {run.report}")
         return
@@ -131,9 +140,11 @@ def evaluate(options: Namespace) -> None:
             f"--method {options.method} has to be trained first: `cheaplunch finetune`, then evaluate its RUN"
         )
     config = _config(options, "zero-shot")
-    with _masks_folder(options.save_masks) as masks:
+    with processes.shared_folder(pick_device(config.device).type == "cpu") as scratch:
+        masks = options.save_masks or scratch / "masks"
         results = {"zero-shot": _assess(config, None, assessment, masks, "zero-shot")}
-    write_json(results["zero-shot"], options.out)
+    if not processes.rank():
+        write_json(results["zero-shot"], options.out)
     print(format_table(results))
     print(f"results: {options.out}")
 
@@ -205,10 +216,37 @@ def _finetune(config: RunConfig, out: Path, resume: bool = False, notes: list[st
     from cheaplunch.training import finetune
 
     runtime.keep_freed_memory()
-    with _progress("fine-tuning", "loss {task.fields[loss]:.3f} · {task.fields[images_per_s]:.1f} images/s") as tell:
+    runtime.use_cores()
+    with _progress("fine-tuning", FIGURES) as tell:
         run = finetune(config, out, resume, tell, notes or [])
-    write_report(run)
+    if not processes.rank():
+        write_report(run)
     return run
+
+
+FIGURES = "loss {task.fields[loss]:.3f} · {task.fields[images_per_s]:.1f} images/s · {task.fields[memory_mb]:.0f} MB"
+
+
+def _plan(config: RunConfig, out: Path) -> str:
+    from cheaplunch import runtime
+    from cheaplunch.planning import plan
+
+    runtime.keep_freed_memory()
+    threads = runtime.use_cores()
+    with console.status("measuring a few steps"):
+        cost = plan(config, out)
+    where = f"{cost.device}, {threads} threads" if cost.device == "cpu" else cost.device
+    minutes, seconds = divmod(round(cost.seconds), 60)
+    return "\n".join(
+        [
+            f"steps    {config.training.steps} of {config.training.batch_size} images at {cost.image_size_px} px",
+            f"where    {where}, {cost.precision}: {cost.images_per_s:.2f} images/s",
+            f"time     {minutes} min {seconds:02} s, evaluation not included",
+            f"memory   {cost.memory_bytes / 2**30:.2f} GiB",
+            f"disk     {cost.disk_bytes / 2**20:.0f} MiB to be free in {out}",
+            "nothing was written; leave --dry-run out to start",
+        ]
+    )
 
 
 def _evaluate_run(
@@ -224,19 +262,20 @@ def _evaluate_run(
     """
     from cheaplunch.files import write_json
     from cheaplunch.report import save_case_overlays, write_report
+    from cheaplunch.runtime import pick_device
     from cheaplunch.scoring import open_for_scoring, zero_shot_of
 
     config = run.load_config()
     here = {name: value for name, value in (given or {}).items() if name in {"weights", "device", "precision"}}
     config = override(config, here)
     results: dict[str, dict] = {}
-    with tempfile.TemporaryDirectory() as scratch:
+    with processes.shared_folder(pick_device(config.device).type == "cpu") as scratch:
         if baseline:
-            results["zero-shot"] = _assess(
-                zero_shot_of(config), None, assessment, Path(scratch) / "zero-shot", "zero-shot"
-            )
-        written = masks or Path(scratch) / "masks"
+            results["zero-shot"] = _assess(zero_shot_of(config), None, assessment, scratch / "zero-shot", "zero-shot")
+        written = masks or scratch / "masks"
         results["fine-tuned"] = _assess(config, run, assessment, written, "fine-tuned")
+        if processes.rank():
+            return results
         kept = run.evaluations / f"{assessment.prompts}-{assessment.protocol}"
         shutil.rmtree(kept, ignore_errors=True)  # nothing of an earlier evaluation stays beside this one
         kept.mkdir(parents=True)
@@ -254,20 +293,12 @@ def _assess(config: RunConfig, run: RunFolder | None, assessment: Assessment, ma
     from cheaplunch.scoring import assess
 
     runtime.keep_freed_memory()
+    runtime.use_cores()
     device = runtime.pick_device(config.device)
     precision = runtime.pick_precision(config.training.precision, device)
     segmenter = (load_segmenter(config.model, run.adapter) if run else build_segmenter(config.model)).to(device)
     with _progress(f"evaluating {name}") as tell:
         return assess(segmenter, config, assessment, precision, masks, tell)
-
-
-@contextlib.contextmanager
-def _masks_folder(wanted: Path | None) -> Iterator[Path]:
-    if wanted is not None:
-        yield wanted
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        yield Path(folder)
 
 
 @contextlib.contextmanager
@@ -283,13 +314,13 @@ def _progress(what: str, figures: str = "") -> Iterator[typing.Callable[..., Non
     ]
     if figures:
         columns.append(TextColumn(figures))
-    bar = Progress(*columns, console=console)
-    task = bar.add_task(what, total=None, loss=float("nan"), images_per_s=0.0)
+    bar = Progress(*columns, console=console, disable=bool(processes.rank()))
+    task = bar.add_task(what, total=None, loss=float("nan"), images_per_s=0.0, memory_mb=0)
 
     def tell(done: int, total: int, record: dict[str, Any] | None = None) -> None:
         if not bar.live.is_started:  # not before there is progress, so that an error stands alone
             bar.start()
-        shown = {name: value for name, value in (record or {}).items() if name in {"loss", "images_per_s"}}
+        shown = {name: value for name, value in (record or {}).items() if name in {"loss", "images_per_s", "memory_mb"}}
         bar.update(task, completed=done, total=total, **shown)
 
     try:
@@ -339,6 +370,7 @@ def build_parser() -> ArgumentParser:
     sub.add_argument("--out", type=Path, required=True, metavar="RUN", help="run folder to make")
     sub.add_argument("--config", type=Path, metavar="FILE.yaml", help="settings from a file; flags override them")
     sub.add_argument("--resume", action="store_true", help="continue RUN from its last checkpoint")
+    sub.add_argument("--dry-run", action="store_true", help="measure a few steps, say time, memory and disk, and stop")
 
     sub = verb("evaluate")
     sub.add_argument("run", type=Path, nargs="?", metavar="RUN", help="run folder of `cheaplunch finetune`")
@@ -371,6 +403,8 @@ def _add_settings(parser: ArgumentParser, names: list[str], required: bool = Tru
         kind = setting_type(name)
         if typing.get_origin(kind) is typing.Literal:
             arguments["choices"] = typing.get_args(kind)
+        elif kind is bool:
+            arguments |= {"action": BooleanOptionalAction}
         elif typing.get_origin(kind) is tuple:
             arguments |= {"type": float, "nargs": 2, "metavar": ("LOW", "HIGH")}
         else:

@@ -101,8 +101,21 @@ class TrainingConfig:
     final_lr: float = setting(0.05, "learning rate at the last step, relative, reached by exponential decay (§3.3)")
     ce_weight: float = setting(1.0, "λ1 of the loss (§3.3)")
     dice_weight: float = setting(0.8, "λ2 of the loss (§3.3)")
-    precision: Literal["auto", "fp32", "bf16"] = setting("auto", "auto: bf16 where the processor has it")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = setting("auto", "auto: bf16 where the processor has it")
+    accumulate: int = setting(1, "parts that a batch is taken in, one after the other, to save memory")
+    gradient_checkpointing: bool = setting(
+        False, "keep only each block's input for the backward pass and compute the rest again: less memory, more time"
+    )
+    compile: bool = setting(False, "torch.compile for the encoder: a minute or more at the start")
+    validation_cases: int = setting(
+        0, "training cases held out; the adapter is then of the step that does best on them, never on the test cases"
+    )
+    validate_every: int = setting(50, "steps between two looks at the validation cases")
+    patience: int = setting(0, "stop after so many looks without a better one; 0: take every step")
     checkpoint_every: int = setting(100, "steps between checkpoints for --resume")
+    tracker: Literal["none", "tensorboard", "trackio", "wandb"] = setting(
+        "none", "also log there, through accelerate; tensorboard writes into the run's folder"
+    )
 
 
 @dataclass(frozen=True)
@@ -174,6 +187,8 @@ def check(config: RunConfig) -> None:
         "--learning-rate": config.training.learning_rate,
         "--checkpoint-every": config.training.checkpoint_every,
         "--final-lr": config.training.final_lr,
+        "--accumulate": config.training.accumulate,
+        "--validate-every": config.training.validate_every,
     }
     for flag, value in positive.items():
         if not 0 < value < math.inf:  # and not NaN
@@ -190,6 +205,12 @@ def check(config: RunConfig) -> None:
     }.items():
         if not 0 <= share <= 1:
             raise UserError(f"{flag} is {share}; it is a share between 0 and 1")
+    if config.training.batch_size % config.training.accumulate:
+        raise UserError(
+            f"--accumulate {config.training.accumulate} does not divide --batch-size {config.training.batch_size}"
+        )
+    if config.training.patience and not config.training.validation_cases:
+        raise UserError("--patience needs cases to look at; add --validation-cases N")
     size = config.model.image_size
     if size is not None and (size < 32 or size % 8):
         raise UserError(f"--image-size is {size}; it must be a multiple of 8, at least 32")
@@ -245,7 +266,7 @@ def _plain(value: Any) -> Any:
 
 
 def setting_type(name: str) -> Any:
-    """The type of a setting, less "or None": int, float, str, Path, a Literal or a tuple."""
+    """The type of a setting, less "or None": bool, int, float, str, Path, a Literal or a tuple."""
     group, _ = settings()[name]
     hint = typing.get_type_hints(GROUPS[group] if group else RunConfig)[name]
     return next(kind for kind in typing.get_args(hint) or [hint] if kind is not type(None)) if _optional(hint) else hint
@@ -265,6 +286,10 @@ def _typed(name: str, value: Any) -> Any:
     if typing.get_origin(kind) is Literal:
         if value not in typing.get_args(kind):
             raise UserError(f"{flag} is {value}; choose one of: {', '.join(typing.get_args(kind))}")
+        return value
+    if kind is bool:
+        if not isinstance(value, bool):
+            raise UserError(f"{flag} is {value}; it must be true or false")
         return value
     try:
         if typing.get_origin(kind) is tuple:

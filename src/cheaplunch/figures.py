@@ -77,6 +77,26 @@ def synthesis_sheet(pool: Pool, samples: Batch, names: Sequence[str], path: Path
     path.write_bytes(_png(figure))
 
 
+def batch_sheet(images: Tensor, targets: Tensor, path: Path) -> None:
+    """Writes a PNG of a batch that went wrong: images (B, 3, S, S), with each of its targets (B, P, S, S) outlined.
+
+    Values that are no numbers are drawn black, and their share stands above the image.
+    """
+    columns = min(len(images), 8)
+    rows = math.ceil(len(images) / columns)
+    figure = Figure((columns * PANEL_IN, rows * (PANEL_IN + 0.3)), facecolor=GROUND)
+    colours = class_colours(targets.shape[1])
+    for number, (image, masks) in enumerate(zip(images.cpu(), targets.cpu(), strict=True)):
+        axes = figure.add_subplot(rows, columns, number + 1)
+        axes.imshow(image.nan_to_num(0, 0, 0).clamp(0, 1).permute(1, 2, 0).numpy())
+        for mask, colour in zip(masks.numpy(), colours, strict=True):
+            axes.contour(mask, [0.5], colors=[tuple(colour)], linewidths=1)
+        broken = (~image.isfinite()).float().mean().item()
+        axes.set_title(f"image {number}" + (f", {broken:.0%} not finite" if broken else ""), color=INK, fontsize=9)
+        axes.axis("off")
+    path.write_bytes(_png(figure))
+
+
 def case_overlays(
     image: np.ndarray,
     truth: np.ndarray,

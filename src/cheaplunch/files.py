@@ -20,6 +20,8 @@ def whole_or_nothing(path: Path, suffix: str = "") -> Iterator[Path]:
     unfinished = path.with_name(f".{path.name}.{os.getpid()}{suffix}")
     try:
         yield unfinished
+        with unfinished.open("rb") as file:  # on the disk before it has the name: power may fail between the two
+            os.fsync(file.fileno())
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)

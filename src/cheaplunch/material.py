@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from cheaplunch.config import RunConfig
-from cheaplunch.data.layouts import Dataset, open_dataset
+from cheaplunch.data.layouts import Case, Dataset, open_dataset
 from cheaplunch.data.slices import CaseSlices, Frame, SliceIndex, Window, default_window, index_slices, load_case
 from cheaplunch.errors import UserError
 from cheaplunch.exemplars import SliceKey, background_slices, pick_exemplars, read_exemplars, require_every_class
@@ -30,12 +32,51 @@ class Material:
     index: SliceIndex
     exemplars: list[SliceKey]
     pool: Pool
+    validation: list[Case]  # training cases that take no part in training
+
+    def load(self, case: Case) -> CaseSlices:
+        """A case as the network is to see it."""
+        return load_case(case, self.dataset, pick_window(self.config, self.dataset), self.config.data.axis)
+
+
+def split_validation(config: RunConfig, dataset: Dataset) -> tuple[list[Case], list[Case]]:
+    """The training cases that train and the `validation_cases` that choose the best step; by patient, from the seed.
+
+    Patients are drawn at random until they have enough cases; none is on both sides. A patient whom
+    `exemplar_file` names trains. Raises UserError where nothing would be left to train on.
+    """
+    cases, wanted = dataset.split("train"), config.training.validation_cases
+    named = _cases_named(config.data.exemplar_file)
+    bound = {case.patient for case in cases if case.id in named}
+    patients = sorted({case.patient for case in cases} - bound)
+    rng = np.random.default_rng(derive_seed(config.seed, "validation"))
+    held: set[str] = set()
+    for patient in rng.permutation(patients).tolist():
+        if sum(case.patient in held for case in cases) >= wanted:
+            break
+        held.add(patient)
+    training = [case for case in cases if case.patient not in held]
+    validation = [case for case in cases if case.patient in held]
+    if len(validation) < wanted or not training:
+        raise UserError(
+            f"--validation-cases {wanted}: of {len(cases)} training cases that leaves none to train on; ask for fewer"
+        )
+    return training, validation
+
+
+def _cases_named(file: Path | None) -> set[str]:
+    """Cases of the CSV, wherever they are; `read_exemplars` complains about the rest."""
+    if file is None or not file.is_file():
+        return set()
+    with file.open(newline="", encoding="utf-8-sig") as lines:
+        return {row.get("case") or "" for row in csv.DictReader(lines)}
 
 
 def choose_exemplars(config: RunConfig) -> tuple[Dataset, SliceIndex, list[SliceKey]]:
     """Reads and checks every training case, and picks the exemplars or reads the user's list of them."""
     dataset = open_dataset(config.data.data)
-    index = index_slices(dataset, dataset.split("train"), config.data.axis)
+    training, _ = split_validation(config, dataset)
+    index = index_slices(dataset, training, config.data.axis)
     file, count = config.data.exemplar_file, config.data.exemplars
     if file is not None:
         exemplars = read_exemplars(file, index)
@@ -72,7 +113,7 @@ def prepare(config: RunConfig) -> Material:
     pool = Pool(images, labels, backgrounds, sizes, background_sizes, len(numbers), backgrounds_filled=not free)
     fixed = None if window.low is None or window.high is None else (window.low, window.high)
     resolved = replace(config, data=replace(config.data, window=fixed), model=replace(config.model, image_size=size))
-    return Material(resolved, dataset, index, exemplars, pool)
+    return Material(resolved, dataset, index, exemplars, pool, split_validation(config, dataset)[1])
 
 
 def pick_window(config: RunConfig, dataset: Dataset) -> Window:

@@ -13,6 +13,7 @@ from cheaplunch.config import PromptKind
 from cheaplunch.data.slices import CaseSlices, Frame, as_rgb
 from cheaplunch.models.segmenter import Segmenter
 from cheaplunch.prompts import Prompts, oracle_prompts
+from cheaplunch.runtime import Precision, autocast
 
 ENCODED_AT_ONCE = 4  # slices; more would not be faster on a CPU
 
@@ -30,10 +31,10 @@ class Embedded:
 class Predictor:
     """A segmenter with the image ↔ network geometry around it. Predictions never need gradients or a label."""
 
-    def __init__(self, segmenter: Segmenter, precision: str = "fp32"):
+    def __init__(self, segmenter: Segmenter, precision: Precision = "fp32"):
         self.segmenter = segmenter.eval()
         self.device = next(segmenter.parameters()).device
-        self._autocast = {"device_type": self.device.type, "dtype": torch.bfloat16, "enabled": precision == "bf16"}
+        self._precision: Precision = precision
 
     @torch.inference_mode()
     def embed(self, images: np.ndarray) -> list[Embedded]:
@@ -43,7 +44,7 @@ class Predictor:
         embedded = []
         for start in range(0, len(images), ENCODED_AT_ONCE):
             batch = as_rgb(frame.to_model(torch.from_numpy(images[start : start + ENCODED_AT_ONCE])))
-            with torch.autocast(**self._autocast):
+            with autocast(self.device, self._precision):
                 embeddings = self.segmenter.embed(batch.to(self.device))
             embedded += [Embedded(embedding[None].float(), frame) for embedding in embeddings]
         return embedded
@@ -51,7 +52,7 @@ class Predictor:
     @torch.inference_mode()
     def probabilities(self, embedded: Embedded, prompts: Prompts) -> np.ndarray:
         """P prompts on one slice → (P, H, W) probability of each target, on the slice's own pixels."""
-        with torch.autocast(**self._autocast):
+        with autocast(self.device, self._precision):
             logits = self.segmenter.foreground(embedded.embedding, prompts.to(self.device))
         return embedded.frame.from_model(logits[0]).sigmoid().cpu().numpy()
 

@@ -6,6 +6,7 @@ pixels whose centres are whole numbers; masks are arrays indexed [row, col] = [y
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,9 +30,21 @@ class Prompts:
     point_labels: Tensor | None = None
     boxes_xyxy: Tensor | None = None
 
+    @classmethod
+    def of_points(cls, points_xy: Tensor) -> Prompts:
+        """One point on the target for each prompt: (B, P, 2)."""
+        return cls(points_xy[:, :, None], torch.ones(*points_xy.shape[:2], 1, dtype=torch.long))
+
     def to(self, device: torch.device) -> Prompts:
-        moved = (None if t is None else t.to(device) for t in (self.points_xy, self.point_labels, self.boxes_xyxy))
-        return Prompts(*moved)
+        return self._each(lambda tensor: tensor.to(device))
+
+    def __getitem__(self, images: slice) -> Prompts:
+        """The prompts of some of the images."""
+        return self._each(lambda tensor: tensor[images])
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Prompts:
+        fields = (self.points_xy, self.point_labels, self.boxes_xyxy)
+        return Prompts(*(None if tensor is None else change(tensor) for tensor in fields))
 
 
 def furthest_point(mask: np.ndarray) -> tuple[float, float]:
@@ -74,20 +87,19 @@ def oracle_prompts(
         return Prompts(boxes_xyxy=torch.from_numpy(frame.box_to_model(boxes)).float())
     draw = furthest_point if kind == "furthest" else lambda mask: random_point(mask, rng)
     points = torch.tensor([draw(mask) for mask in masks], dtype=torch.float64)
-    points = frame.point_to_model(points).reshape(1, -1, 1, 2).float()
-    return Prompts(points_xy=points, point_labels=torch.ones(points.shape[:3], dtype=torch.long))
+    return Prompts.of_points(frame.point_to_model(points)[None].float())
 
 
-def training_points(masks: Tensor, generator: torch.Generator, furthest_share: float = 0.0) -> Prompts:
-    """One point of each mask, for training: masks (B, P, S, S) bool in the network's input.
+def training_points(masks: Tensor, generator: torch.Generator, furthest_share: float = 0.0) -> Tensor:
+    """One point of each mask of an image, for training: (P, S, S) bool in the network's input → (P, 2) as (x, y).
 
     A random one (§2.2), or with probability `furthest_share` the one furthest from the mask's boundary.
     """
-    batch, prompts, _, width = masks.shape
-    noise = torch.rand(masks.shape, generator=generator) * masks  # (B, P, S, S); the largest is uniform on the mask
-    place = noise.flatten(2).argmax(dim=2)  # (B, P)
-    points = torch.stack([place % width, place // width], dim=-1).float()  # (B, P, 2) as x, y
-    central = torch.rand(batch, prompts, generator=generator) < furthest_share
-    for image, prompt in central.nonzero().tolist():
-        points[image, prompt] = torch.tensor(furthest_point(masks[image, prompt].numpy()))
-    return Prompts(points_xy=points[:, :, None], point_labels=torch.ones(batch, prompts, 1, dtype=torch.long))
+    width = masks.shape[-1]
+    noise = torch.rand(masks.shape, generator=generator) * masks  # (P, S, S); the largest is uniform on the mask
+    place = noise.flatten(1).argmax(dim=1)  # (P,)
+    points = torch.stack([place % width, place // width], dim=-1).float()  # (P, 2) as x, y
+    central = torch.rand(len(masks), generator=generator) < furthest_share
+    for prompt in central.nonzero()[:, 0].tolist():
+        points[prompt] = torch.tensor(furthest_point(masks[prompt].numpy()))
+    return points

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from cheaplunch import processes
 from cheaplunch.config import PromptKind, RunConfig
 from cheaplunch.data.layouts import Dataset, open_dataset
 from cheaplunch.data.slices import Window, from_slices, load_case
@@ -18,6 +19,7 @@ from cheaplunch.evaluation.tables import CaseScore, summarise
 from cheaplunch.material import pick_window
 from cheaplunch.models.segmenter import Segmenter
 from cheaplunch.prediction import Predictor, segment_with_oracle
+from cheaplunch.runtime import Precision
 from cheaplunch.synthesis import derive_seed
 
 
@@ -49,13 +51,14 @@ def assess(
     segmenter: Segmenter,
     config: RunConfig,
     assessment: Assessment,
-    precision: str,
+    precision: Precision,
     masks: Path,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict:
     """Predicts every labelled test case into `masks` and returns the JSON of DESIGN §1.
 
-    Scores are of the merged label maps as written. `progress` is told (cases done, of how many).
+    Scores are of the merged label maps as written. Under `accelerate launch` or `torchrun` the processes share the
+    cases and each returns the whole. `progress` is told (cases done, of how many) of this process.
     """
     dataset, window = open_for_scoring(config, assessment)
     cases = [case for case in dataset.split("test") if case.label is not None]
@@ -63,9 +66,12 @@ def assess(
         raise UserError(f"--data {assessment.data} has no labelled test case; add imagesTs and labelsTs")
     predictor = Predictor(segmenter, precision)
     masks.mkdir(parents=True, exist_ok=True)
+    on_cpu = predictor.device.type == "cpu"
+    group = processes.join(on_cpu)
+    mine = cases[group.process_index :: group.num_processes]
     rows: list[CaseScore] = []
     unit = "mm"
-    for done, case in enumerate(cases, start=1):
+    for done, case in enumerate(mine, start=1):
         loaded = load_case(case, dataset, window, config.data.axis)
         rng = np.random.default_rng(derive_seed(assessment.seed, "prompts", case.id))
         predicted = segment_with_oracle(predictor, loaded, assessment.prompts, rng, assessment.box_margin_px)
@@ -83,7 +89,9 @@ def assess(
         unit = loaded.volume.unit
         rows += [CaseScore(case.id, name, score) for name, score in scores.items()]
         if progress is not None:
-            progress(done, len(cases))
+            progress(done, len(mine))
+    place = {case.id: number for number, case in enumerate(cases)}
+    rows = sorted(processes.gather(rows, on_cpu), key=lambda row: place[row.case_id])
     return summarise(
         rows,
         protocol=assessment.protocol,

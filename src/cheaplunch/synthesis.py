@@ -46,6 +46,11 @@ class Pool:
     backgrounds_filled: bool = False
     """True where no training slice was free of foreground and the backgrounds are exemplars filled in."""
 
+    def to(self, device: torch.device) -> Pool:
+        """The pool with its pictures on `device`, where samples are then made; random draws stay on the CPU."""
+        moved = {name: getattr(self, name).to(device) for name in ("images", "labels", "backgrounds")}
+        return replace(self, **moved)
+
 
 @dataclass(frozen=True, eq=False)
 class Batch:
@@ -136,8 +141,10 @@ def cut_and_transform(
     (C, S, S) and (S, S) → organs (K, C, S, S), 0 outside, and regions (K, S, S) bool. Each organ turns, scales and
     flips about its own centre and then moves a little, so that its place is roughly the exemplar's.
     """
-    masks = label[None] == torch.arange(1, classes + 1, dtype=label.dtype)[:, None, None]  # (K, S, S)
-    matrices = random_matrices(centroids(masks), config, config.shift, generator)  # (K, 2, 3)
+    masks = (
+        label[None] == torch.arange(1, classes + 1, dtype=label.dtype, device=label.device)[:, None, None]
+    )  # (K, S, S)
+    matrices = random_matrices(centroids(masks).cpu(), config, config.shift, generator)  # (K, 2, 3)
     images = image.expand(classes, *image.shape)
     warped, regions = warp(images, masks, matrices)
     warped = vary_intensity(blur(warped, config, generator), config, generator)
@@ -150,7 +157,7 @@ def merge(organs: Tensor, regions: Tensor, numbers: Tensor) -> tuple[Tensor, Ten
     `numbers` (K,) are the label numbers in the same order.
     """
     merged = torch.zeros_like(organs[0])
-    label = torch.zeros(regions.shape[1:], dtype=torch.uint8)
+    label = torch.zeros(regions.shape[1:], dtype=torch.uint8, device=regions.device)
     for organ, region, number in zip(organs, regions, numbers.tolist(), strict=True):
         merged = torch.where(region, organ, merged)
         label = label.masked_fill(region, number)
@@ -174,7 +181,7 @@ def _transform_whole(
 def centroids(masks: Tensor) -> Tensor:
     """(K, S, S) bool → (K, 2) centres as (x, y) in affine_grid's units, −1 to 1; empty masks give the centre."""
     size = masks.shape[-1]
-    ticks = (torch.arange(size) + 0.5) * (2 / size) - 1
+    ticks = (torch.arange(size, device=masks.device) + 0.5) * (2 / size) - 1
     weight = masks.float()
     total = weight.sum(dim=(1, 2)).clamp(min=1)
     x = (weight.sum(dim=1) * ticks).sum(dim=1) / total
@@ -202,7 +209,7 @@ def random_matrices(centres: Tensor, config: SynthesisConfig, shift: float, gene
 
 def warp(images: Tensor, labels: Tensor, matrices: Tensor) -> tuple[Tensor, Tensor]:
     """(K, C, S, S) bilinearly and (K, S, S) by nearest neighbour, moved by the same (K, 2, 3) matrices."""
-    grid = F.affine_grid(matrices, [*images.shape], align_corners=False)  # (K, S, S, 2)
+    grid = F.affine_grid(matrices.to(images.device), [*images.shape], align_corners=False)  # (K, S, S, 2)
     moved = F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
     moved_labels = F.grid_sample(labels[:, None].float(), grid, mode="nearest", align_corners=False)[:, 0]
     return moved, moved_labels.to(labels.dtype)
@@ -217,7 +224,9 @@ def blur(images: Tensor, config: SynthesisConfig, generator: torch.Generator) ->
     reach = max(1, round(3 * config.blur_px))
     offsets = torch.arange(-reach, reach + 1).float()
     kernel = torch.exp(-0.5 * (offsets / sigma.clamp(min=1e-3)[:, None]) ** 2)
-    kernel = (kernel / kernel.sum(dim=1, keepdim=True)).repeat_interleave(channels, dim=0)  # (K·C, taps)
+    kernel = (
+        (kernel / kernel.sum(dim=1, keepdim=True)).repeat_interleave(channels, dim=0).to(images.device)
+    )  # (K·C, taps)
     flat = F.pad(images.flatten(0, 1)[None], [reach] * 4, mode="replicate")  # (1, K·C, S + 2r, S + 2r)
     flat = F.conv2d(flat, kernel[:, None, :, None], groups=count * channels)
     flat = F.conv2d(flat, kernel[:, None, None, :], groups=count * channels)
@@ -226,7 +235,7 @@ def blur(images: Tensor, config: SynthesisConfig, generator: torch.Generator) ->
 
 def vary_intensity(images: Tensor, config: SynthesisConfig, generator: torch.Generator) -> Tensor:
     """gain · image^gamma + bias, clipped to [0, 1], one draw per image of (K, C, S, S)."""
-    draw = (2 * _uniform((3, len(images), 1, 1, 1), generator) - 1) * config.intensity
+    draw = ((2 * _uniform((3, len(images), 1, 1, 1), generator) - 1) * config.intensity).to(images.device)
     gamma, gain, bias = torch.exp(draw[0]), torch.exp(draw[1]), draw[2] / 2
     # Padding outside a moved slice stays black.
     varied = (gain * images.clamp(0, 1) ** gamma + bias).clamp(0, 1)

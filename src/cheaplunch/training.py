@@ -1,35 +1,40 @@
 """The recipe, from top to bottom: exemplars → synthetic set → LoRA steps → adapter.
 
-Every random choice of step t is drawn from (seed, t) alone. So the order in which work is done does not
-matter, a resumed run needs only the number of its step, and equal seeds give equal adapters.
+Every random choice for image b of step t is drawn from (seed, t, b) alone. So neither the order of work nor its split
+among processes matters, a resumed run needs only the number of its step, and equal seeds give equal adapters.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import Tensor
 
+from cheaplunch import processes
+from cheaplunch.checkpoints import Checkpoints, require_space, restore_tensors, trained_tensors
 from cheaplunch.config import RunConfig, TrainingConfig, as_values, save_config
-from cheaplunch.data.slices import as_rgb
-from cheaplunch.errors import UserError
+from cheaplunch.errors import Stopped, UserError
 from cheaplunch.exemplars import write_exemplars
-from cheaplunch.figures import synthesis_sheet
-from cheaplunch.files import whole_or_nothing, write_json
-from cheaplunch.losses import segmentation_loss
+from cheaplunch.figures import batch_sheet, synthesis_sheet
+from cheaplunch.files import write_json
+from cheaplunch.learner import Learner, Work, draw_work, learning_rate, start_processes
 from cheaplunch.material import Material, prepare, preview
 from cheaplunch.models.lora import save_adapter
-from cheaplunch.models.segmenter import Segmenter, build_segmenter
-from cheaplunch.prompts import training_points
+from cheaplunch.prediction import Predictor, segment_with_oracle
 from cheaplunch.runs import RunFolder, describe_environment
-from cheaplunch.runtime import pick_device, pick_precision
-from cheaplunch.synthesis import Batch, derive_seed, synthesize
+from cheaplunch.runtime import peak_memory_bytes
 
 Progress = Callable[[int, int, dict[str, float]], None]
 """Told (steps done, of how many, {"loss", "images_per_s", …}) after each step."""
@@ -40,156 +45,206 @@ def finetune(
 ) -> RunFolder:
     """Fine-tunes as `config` says and leaves a run folder at `out`; `notes` go into its report.
 
-    Raises UserError for input the user can mend, among it an `out` that already holds a run.
+    Under `accelerate launch` or `torchrun` every process calls it and the batch is shared among them. Raises UserError
+    for input the user can mend, among it an `out` that already holds a run, and Stopped where a signal ended it early.
     """
     if config.model.tuning == "none":
         raise UserError(
             "--tuning none leaves nothing to train; `cheaplunch evaluate --method zero-shot` scores it as it is"
         )
     run = RunFolder(out)
+    accelerator = start_processes(config, out)
     _check_vacant(run, resume)
     if resume and run.finished():
         return run
-    device = pick_device(config.device)
-    precision = pick_precision(config.training.precision, device)
     material = prepare(config)
     config = material.config
-    segmenter = build_segmenter(config.model, config.seed).to(device)
-    _claim(run, config, resume)
-    write_exemplars(run.exemplars, material.index, material.exemplars)
-    synthesis_sheet(material.pool, preview(material), list(material.dataset.labels), run.preview)
+    learner = Learner(config, accelerator)
+    require_space(out, learner.segmenter)
+    accelerator.wait_for_everyone()  # all have looked whether the folder is vacant
     facts = {
         "dataset": material.dataset.name,
         "data_fingerprint": material.dataset.fingerprint(),
         "split": material.dataset.split_rule,
+        "validation_cases": [case.id for case in material.validation],
         "backgrounds": len(material.pool.backgrounds),
         "backgrounds_filled": material.pool.backgrounds_filled,
-        "trained_parameters": sum(p.numel() for p in segmenter.parameters() if p.requires_grad),
+        "trained_parameters": sum(p.numel() for p in learner.segmenter.parameters() if p.requires_grad),
+        "processes": accelerator.num_processes,
         "notes": list(notes),
     }
-    write_json(describe_environment(config, device, precision, facts), run.environment)
+    if accelerator.is_main_process:
+        _claim(run, config, resume)
+        write_exemplars(run.exemplars, material.index, material.exemplars)
+        synthesis_sheet(material.pool, preview(material), list(material.dataset.labels), run.preview)
+        write_json(describe_environment(config, learner.device, learner.precision, facts), run.environment)
     started = time.perf_counter()
-    train(segmenter, material, run, precision, progress)
-    save_adapter(segmenter.network, run.adapter)  # pyright: ignore[reportArgumentType]
-    facts["training_seconds"] = round(time.perf_counter() - started, 1)
-    write_json(describe_environment(config, device, precision, facts), run.environment)
+    material = replace(material, pool=material.pool.to(learner.device))
+    train(learner, material, run, progress)
+    if accelerator.is_main_process:
+        facts["training_seconds"] = round(time.perf_counter() - started, 1)
+        facts["peak_memory_bytes"] = peak_memory_bytes(learner.device)
+        write_json(describe_environment(config, learner.device, learner.precision, facts), run.environment)
+        save_adapter(learner.segmenter.network, run.adapter)  # pyright: ignore[reportArgumentType]
+    accelerator.wait_for_everyone()
     return run
 
 
-def train(
-    segmenter: Segmenter, material: Material, run: RunFolder, precision: str, progress: Progress | None = None
-) -> None:
-    """The loop. Continues from the run's checkpoint where there is one; leaves `segmenter` trained."""
-    config = material.config.training
-    accelerator = Accelerator(
-        cpu=next(segmenter.parameters()).device.type == "cpu",
-    )
-    device = accelerator.device
-    optimizer = build_optimizer(segmenter, config)
-    segmenter, optimizer = accelerator.prepare(segmenter, optimizer)
-    first = load_checkpoint(run.checkpoint, segmenter, optimizer)
+def train(learner: Learner, material: Material, run: RunFolder, progress: Progress | None = None) -> None:
+    """The loop. Continues from the run's last checkpoint where there is one; leaves the segmenter trained."""
+    config, accelerator = material.config.training, learner.accelerator
+    checkpoints = Checkpoints(run.checkpoint)
+    saved = checkpoints.newest() or {"step": 0, "best": None}
+    first, best = int(saved["step"]), saved["best"]
+    if first:
+        learner.restore(saved, run.checkpoint)
+    log = _open_log(run.metrics, first) if accelerator.is_main_process else contextlib.nullcontext()
+    if config.tracker != "none":
+        accelerator.init_trackers("cheaplunch", config=_for_tracker(material.config))
 
-    segmenter.train()
-    if first:  # what was done after the checkpoint is done again
-        lines = run.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
-        run.metrics.write_text("".join(lines[:first]), encoding="utf-8")
-    with run.metrics.open("a" if first else "w", encoding="utf-8") as log:
-        started = time.perf_counter()
-        for step, batch in _prefetched(material, first):
+    started = time.perf_counter()
+    with log as lines, asked_to_stop() as stop, _prefetched(material, first, accelerator) as works:
+        for step, work in works:
             rate = learning_rate(step, config)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            generator = torch.Generator().manual_seed(derive_seed(material.config.seed, "prompts", step))
-            targets = draw_targets(batch.labels, config.prompts_per_image, material.pool.classes, generator)
-            prompts = training_points(targets, generator, config.furthest_share).to(device)
-
-            # Not accelerate's autocast: its state is one a process, and a second run may want another precision.
-            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-                outputs = segmenter(as_rgb(batch.images).to(device), prompts)  # (B, P, 2, S, S)
-            loss = segmentation_loss(outputs, targets.to(device), config.ce_weight, config.dice_weight)
-            if not torch.isfinite(loss):
-                raise UserError(
-                    f"--learning-rate {config.learning_rate}: the loss is {loss.item()} at step {step}; "
-                    "try a tenth of it, or --precision fp32"
-                )
-            accelerator.backward(loss)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            loss = learner.step(work, rate)
+            if not math.isfinite(loss):
+                raise UserError(_not_finite(loss, step, work, run, config))
 
             done = step + 1
-            speed = (done - first) * config.batch_size / (time.perf_counter() - started)
-            record = {
+            record: dict[str, Any] = {
                 "step": done,
-                "loss": round(loss.item(), 6),
+                "loss": round(loss, 6),
                 "learning_rate": rate,
-                "images_per_s": round(speed, 3),
+                "images_per_s": round((done - first) * config.batch_size / (time.perf_counter() - started), 3),
+                "memory_mb": round(peak_memory_bytes(learner.device) / 2**20),
             }
-            log.write(json.dumps(record) + "\n")
-            log.flush()
-            if progress is not None:
-                progress(done, config.steps, record)
-            if done % config.checkpoint_every == 0 and done < config.steps:
-                save_checkpoint(run.checkpoint, segmenter, optimizer, done)
+            if material.validation and (done % config.validate_every == 0 or done == config.steps):
+                score = validate(learner, material)
+                record["validation_dice"] = round(score, 6)
+                if best is None or score > best["score"]:
+                    best = {"step": done, "score": score, "trained": trained_tensors(learner.segmenter)}
+            if lines is not None:
+                lines.write(json.dumps(record) + "\n")
+                lines.flush()
+                if progress is not None:
+                    progress(done, config.steps, record)
+            if config.tracker != "none":
+                accelerator.log({name: value for name, value in record.items() if name != "step"}, step=done)
+
+            leaving = _any(stop(), learner)
+            if (leaving or done % config.checkpoint_every == 0) and done < config.steps:
+                if accelerator.is_main_process:
+                    _save(checkpoints, done, learner.state() | {"best": best})
+                if leaving:
+                    raise Stopped(f"stopped after step {done}, which is saved; --resume with --out {run.root} goes on")
+            if best is not None and config.patience and done - best["step"] >= config.patience * config.validate_every:
+                break
+    if best is not None:
+        restore_tensors(learner.segmenter, best["trained"], run.checkpoint)
+    for tracker in accelerator.trackers:  # not end_training(), which would part the processes for good
+        tracker.finish()
 
 
-def build_optimizer(segmenter: torch.nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
-    """AdamW on what is trained; biases and norms, which have one axis, do not decay."""
-    trained = [p for p in segmenter.parameters() if p.requires_grad]
-    return torch.optim.AdamW(
-        [
-            {"params": [p for p in trained if p.ndim > 1], "weight_decay": config.weight_decay},
-            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-        ],
-        lr=config.learning_rate,
+def validate(learner: Learner, material: Material) -> float:
+    """Mean over classes and validation cases of the volume's Dice, one furthest point a class and slice.
+
+    A class that is in neither mask is left out; the processes share the cases.
+    """
+    predictor = Predictor(learner.segmenter, learner.precision)
+    scores = []
+    group = learner.accelerator
+    for case in material.validation[group.process_index :: group.num_processes]:
+        truth = material.load(case)
+        predicted = segment_with_oracle(predictor, truth, "furthest", np.random.default_rng(0))
+        for number in material.dataset.labels.values():
+            a, b = predicted == number, truth.label == number
+            if total := int(a.sum() + b.sum()):
+                scores.append((number, 2 * int((a & b).sum()) / total))
+    scores = processes.gather(scores, learner.device.type == "cpu")
+    by_class = [[score for k, score in scores if k == number] for number in material.dataset.labels.values()]
+    return float(np.mean([np.mean(values) for values in by_class if values]))
+
+
+# --- around the steps ------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def asked_to_stop() -> Iterator[Callable[[], bool]]:
+    """A function that tells whether SIGTERM or Ctrl-C came; a second one ends the process as it always does."""
+    came = threading.Event()
+    before: dict[int, Any] = {}
+
+    def note(number: int, frame: object) -> None:
+        came.set()
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
+
+    if threading.current_thread() is threading.main_thread():
+        before |= {kind: signal.signal(kind, note) for kind in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield came.is_set
+    finally:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
+
+
+@contextlib.contextmanager
+def _prefetched(material: Material, first: int, accelerator: Accelerator) -> Iterator[Iterator[tuple[int, Work]]]:
+    """This process's share of each step from `first` on, made on a second thread while the one before it trains."""
+    config = material.config.training
+    share = config.batch_size // accelerator.num_processes
+    offsets = range(accelerator.process_index * share, (accelerator.process_index + 1) * share)
+
+    def make(step: int) -> Work:
+        return draw_work(material, step, offsets).to(accelerator.device)
+
+    def works(worker: ThreadPoolExecutor) -> Iterator[tuple[int, Work]]:
+        upcoming = worker.submit(make, first)
+        for step in range(first, config.steps):
+            work = upcoming.result()
+            if step + 1 < config.steps:
+                upcoming = worker.submit(make, step + 1)
+            yield step, work
+
+    with ThreadPoolExecutor(1) as worker:
+        yield works(worker)
+
+
+def _any(mine: bool, learner: Learner) -> bool:
+    """Whether it holds in any of the processes: they leave as one, after the same step."""
+    return bool(learner.accelerator.reduce(torch.tensor(float(mine), device=learner.device)))
+
+
+def _save(checkpoints: Checkpoints, step: int, state: dict[str, Any]) -> None:
+    try:
+        checkpoints.save(step, state)
+    except (OSError, RuntimeError) as error:  # torch.save says RuntimeError where a write fails
+        raise UserError(
+            f"--out {checkpoints.folder.parent}: the checkpoint of step {step} could not be written ({error}); "
+            "the one before it stands: make room and go on with --resume"
+        ) from error
+
+
+def _open_log(path: Path, steps: int) -> Any:
+    """metrics.jsonl, open to go on after `steps` lines: what was done after the checkpoint is done again."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)[:steps] if steps else []
+    path.write_text("".join(lines), encoding="utf-8")
+    return path.open("a", encoding="utf-8")
+
+
+def _not_finite(loss: float, step: int, work: Work, run: RunFolder, config: TrainingConfig) -> str:
+    """Saves the images of the step for the user to look at, and says what to do."""
+    picture = run.root / f"failed-step-{step + 1:06d}.png"
+    batch_sheet(work.images, work.targets, picture)
+    return (
+        f"--learning-rate {config.learning_rate}: the loss is {loss} at step {step + 1}, whose images are in "
+        f"{picture}; try a tenth of the rate, or --precision fp32"
     )
 
 
-def learning_rate(step: int, config: TrainingConfig) -> float:
-    """Linear warm-up, then exponential decay to `final_lr` of the top at the last step (§3.3)."""
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
-    share = (step - config.warmup_steps) / max(1, config.steps - 1 - config.warmup_steps)
-    return config.learning_rate * config.final_lr**share
-
-
-def draw_targets(labels: Tensor, count: int, classes: int, generator: torch.Generator) -> Tensor:
-    """Which mask each prompt asks for: labels (B, S, S) → (B, count, S, S) bool.
-
-    The paper draws one class a sample (§2.2). Here the classes of a slice are drawn without repetition, and again
-    from the start where `count` exceeds them, so that one pass of the encoder serves them all.
-    """
-    targets = []
-    for label in labels:
-        present = torch.tensor([k for k in range(1, classes + 1) if (label == k).any()], dtype=label.dtype)
-        drawn: list[Tensor] = []
-        while sum(map(len, drawn)) < count:
-            drawn.append(present[torch.randperm(len(present), generator=generator)])
-        chosen = torch.cat(drawn)[:count]
-        targets.append(label[None] == chosen[:, None, None])
-    return torch.stack(targets)
-
-
-def save_checkpoint(folder: Path, segmenter: Segmenter, optimizer: torch.optim.Optimizer, step: int) -> None:
-    """What `--resume` needs: the step, the trained tensors and the optimiser's state; whole or not at all."""
-    trained = {name: p.detach().cpu() for name, p in segmenter.named_parameters() if p.requires_grad}
-    with whole_or_nothing(folder / "state.pt") as unfinished:
-        torch.save({"step": step, "trained": trained, "optimizer": optimizer.state_dict()}, unfinished)
-
-
-def load_checkpoint(folder: Path, segmenter: Segmenter, optimizer: torch.optim.Optimizer) -> int:
-    """Restores what `save_checkpoint` wrote; the number of steps done, 0 where there is no checkpoint."""
-    path = folder / "state.pt"
-    if not path.is_file():
-        return 0
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    trained = {name: p for name, p in segmenter.named_parameters() if p.requires_grad}
-    if trained.keys() != state["trained"].keys():
-        raise UserError(f"{path} is of another model; start anew in another --out")
-    with torch.no_grad():
-        for name, parameter in trained.items():
-            parameter.copy_(state["trained"][name])
-    optimizer.load_state_dict(state["optimizer"])
-    return int(state["step"])
+def _for_tracker(config: RunConfig) -> dict[str, Any]:
+    plain = (int, float, str, bool)
+    return {name: value if isinstance(value, plain) else str(value) for name, value in as_values(config).items()}
 
 
 def _check_vacant(run: RunFolder, resume: bool) -> None:
@@ -210,21 +265,3 @@ def _claim(run: RunFolder, config: RunConfig, resume: bool) -> None:
         return
     run.root.mkdir(parents=True, exist_ok=True)
     save_config(config, run.config)
-
-
-def _prefetched(material: Material, first: int) -> Iterator[tuple[int, Batch]]:
-    """Batches from step `first` on, each made on a second thread while the one before it trains."""
-    config = material.config
-    size, total = config.training.batch_size, config.synthesis.synthetic
-
-    def make(step: int) -> Batch:
-        indices = [(step * size + offset) % total for offset in range(size)]
-        return synthesize(material.pool, indices, config.synthesis, config.seed)
-
-    with ThreadPoolExecutor(1) as worker:
-        upcoming = worker.submit(make, first)
-        for step in range(first, config.training.steps):
-            batch = upcoming.result()
-            if step + 1 < config.training.steps:
-                upcoming = worker.submit(make, step + 1)
-            yield step, batch

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from cheaplunch.errors import UserError
+from cheaplunch.files import whole_or_nothing
 from cheaplunch.models.sam import Sam
 
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -49,11 +50,12 @@ def add_lora(
 
 
 def save_adapter(adapted: PeftModel, folder: Path) -> None:
-    """Writes the trained tensors and nothing else: `adapter_model.safetensors` and `adapter_config.json`."""
+    """Writes the trained tensors and nothing else: `adapter_config.json`, and last `adapter_model.safetensors`."""
     folder.mkdir(parents=True, exist_ok=True)
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in get_peft_model_state_dict(adapted).items()}
-    save_file(state, folder / ADAPTER_FILE, metadata={"format": "pt"})
     adapted.peft_config["default"].save_pretrained(str(folder))
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in get_peft_model_state_dict(adapted).items()}
+    with whole_or_nothing(folder / ADAPTER_FILE) as unfinished:
+        save_file(state, unfinished, metadata={"format": "pt"})
 
 
 def load_adapter(adapted: PeftModel, folder: Path) -> None:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass(frozen=True)
@@ -185,10 +186,11 @@ class AttentionStage(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
         self.downsample = downsample
+        self.checkpointing = False
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:
-            x = block(x)
+            x = checkpoint(block, x, use_reentrant=False) if self.checkpointing and self.training else block(x)
         if self.downsample is None:
             return x
         return self.downsample(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
@@ -230,6 +232,12 @@ class TinyViT(nn.Module):
             nn.Conv2d(config.out_channels, config.out_channels, 3, padding=1, bias=False),
             LayerNorm2d(config.out_channels, eps=1e-6),
         )
+
+    def gradient_checkpointing_enable(self) -> None:
+        """Keeps each attention block's input only and computes the block again for its gradients."""
+        for layer in self.layers:
+            if isinstance(layer, AttentionStage):
+                layer.checkpointing = True
 
     def fold(self) -> TinyViT:
         """Absorb every batch norm into its convolution; call once, after the weights are loaded."""
