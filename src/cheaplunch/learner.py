@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -164,16 +165,14 @@ def learning_rate(step: int, config: TrainingConfig) -> float:
 
 def start_processes(config: RunConfig, out: Path) -> Accelerator:
     """This process's place among those that `accelerate launch` or `torchrun` started; alone without them."""
-    try:
-        accelerator = Accelerator(
-            cpu=pick_device(config.device).type == "cpu",
-            log_with=None if config.training.tracker == "none" else config.training.tracker,
-            project_config=ProjectConfiguration(str(out), logging_dir=str(out / config.training.tracker)),
-        )
-    except (ImportError, ValueError) as error:
-        raise UserError(
-            f"--tracker {config.training.tracker} is not to be had here ({error}); install the package of that name"
-        ) from error
+    tracker = config.training.tracker
+    if tracker != "none" and importlib.util.find_spec(tracker) is None:  # accelerate would warn and go on without
+        raise UserError(f"--tracker {tracker} is not installed here; `pip install cheaplunch[{tracker}]`")
+    accelerator = Accelerator(
+        cpu=pick_device(config.device).type == "cpu",
+        log_with=None if tracker == "none" else tracker,
+        project_config=ProjectConfiguration(str(out), logging_dir=str(out / tracker)),
+    )
     shares = accelerator.num_processes * config.training.accumulate
     if config.training.batch_size % shares:
         raise UserError(

@@ -100,7 +100,9 @@ def train(learner: Learner, material: Material, run: RunFolder, progress: Progre
         learner.restore(saved, run.checkpoint)
     log = _open_log(run.metrics, first) if accelerator.is_main_process else contextlib.nullcontext()
     if config.tracker != "none":
-        accelerator.init_trackers("cheaplunch", config=_for_tracker(material.config))
+        named = {"name": run.root.name}
+        kinds = {"wandb": {"dir": str(run.root), **named}, "trackio": named}
+        accelerator.init_trackers("cheaplunch", config=_for_tracker(material.config), init_kwargs=kinds)
 
     started = time.perf_counter()
     with log as lines, asked_to_stop() as stop, _prefetched(material, first, accelerator) as works:
