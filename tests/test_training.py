@@ -156,7 +156,7 @@ def test_checkpoints_are_rotated_and_a_damaged_one_falls_back(settings, run, tmp
     assert [path.name for path in sorted(folder.iterdir())] == ["step-000002.pt", "step-000003.pt"]
     newest = folder / "step-000003.pt"
     newest.write_bytes(newest.read_bytes()[:5000])
-    (folder / ".step-000004.pt.123").write_bytes(b"half")  # as a kill leaves it
+    (folder / ".step-000004.pt.123.unfinished").write_bytes(b"half")  # as a kill leaves it
     told = []
     finetune(config, tmp_path / "cut", resume=True, progress=lambda done, *_: told.append(done))
     assert told == [3, 4]

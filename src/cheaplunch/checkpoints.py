@@ -41,12 +41,10 @@ class Checkpoints:
             old.unlink()
 
     def newest(self) -> State | None:
-        """The last state that can be read, or None where there is none; clears away what a kill left half-written.
+        """The last state that can be read, or None where there is none.
 
         Raises UserError where there are checkpoints but all of them are damaged.
         """
-        for leftover in self.folder.glob(".step-*"):
-            leftover.unlink()
         files = self._files()
         for path in reversed(files):
             try:

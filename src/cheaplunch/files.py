@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+UNFINISHED = re.compile(r"^\..+\.\d+\.unfinished")
 
 
 @contextmanager
@@ -17,7 +20,7 @@ def whole_or_nothing(path: Path, suffix: str = "") -> Iterator[Path]:
     It ends in `suffix` where the writer goes by that. The folder is made where it is missing.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}{suffix}")
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished{suffix}")
     try:
         yield unfinished
         with unfinished.open("rb") as file:  # on the disk before it has the name: power may fail between the two
@@ -25,6 +28,13 @@ def whole_or_nothing(path: Path, suffix: str = "") -> Iterator[Path]:
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def clear_unfinished(folder: Path) -> None:
+    """Removes what a killed process left half-written below `folder`; none may be writing there."""
+    for leftover in folder.rglob(".*"):
+        if leftover.is_file() and UNFINISHED.search(leftover.name):
+            leftover.unlink()
 
 
 def write_text(text: str, path: Path) -> None:

@@ -28,7 +28,7 @@ from cheaplunch.config import RunConfig, TrainingConfig, as_values, save_config
 from cheaplunch.errors import Stopped, UserError
 from cheaplunch.exemplars import write_exemplars
 from cheaplunch.figures import batch_sheet, synthesis_sheet
-from cheaplunch.files import write_json
+from cheaplunch.files import clear_unfinished, write_json, write_text
 from cheaplunch.learner import Learner, Work, draw_work, learning_rate, start_processes
 from cheaplunch.material import Material, prepare, preview
 from cheaplunch.models.lora import save_adapter
@@ -230,7 +230,7 @@ def _save(checkpoints: Checkpoints, step: int, state: dict[str, Any]) -> None:
 def _open_log(path: Path, steps: int) -> Any:
     """metrics.jsonl, open to go on after `steps` lines: what was done after the checkpoint is done again."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)[:steps] if steps else []
-    path.write_text("".join(lines), encoding="utf-8")
+    write_text("".join(lines), path)
     return path.open("a", encoding="utf-8")
 
 
@@ -259,6 +259,7 @@ def _check_vacant(run: RunFolder, resume: bool) -> None:
 def _claim(run: RunFolder, config: RunConfig, resume: bool) -> None:
     """Makes the run's folder ours, or says why it is not to be had."""
     if resume:
+        clear_unfinished(run.root)
         before = as_values(run.load_config())
         differing = [name for name, value in as_values(config).items() if before[name] != value and name != "data"]
         if differing:
