@@ -82,6 +82,14 @@ def test_spread_takes_each_height_once_and_each_volume_once():
     assert len(orders) > 10  # which volume gives which height is drawn
 
 
+def test_spread_follows_the_area():
+    # 10, 20, 60 and 10 px: shares up to 0.1, 0.3, 0.9 and 1. A third of three lies at 1/6, 1/2 and 5/6 of them:
+    # slice 1, and slice 2 twice, which is the largest by far.
+    index = index_of({case: [(10,), (20,), (60,), (10,)] for case in "abc"}, labels=("tumour",))
+    for seed in range(20):
+        assert sorted(number for _, number in pick(index, 3, "spread", seed)) == [1, 2, 2]
+
+
 def test_spread_within_one_volume_repeats_no_slice():
     index = index_of({"a": [(50,)] * 6}, labels=("tumour",))
     for seed in range(20):

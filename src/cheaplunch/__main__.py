@@ -173,7 +173,7 @@ def demo(options: Namespace) -> None:
     print("  cheaplunch finetune --method cheap-lunch --data DIR --exemplars 9 --out RUN")
 
 
-DEMO_SETTINGS: dict[str, Any] = {"exemplars": 8, "steps": 150, "image_size": 168}
+DEMO_SETTINGS: dict[str, Any] = {"exemplars": 8, "steps": 500, "image_size": 168}
 DEMO_NOTES = [
     "Demonstration on one template brain (MNI152, an average of 152 people) with labels from a probability atlas: "
     "training and test slices are of the same brain, at least 6 mm apart. It shows that the tool works, not how well "

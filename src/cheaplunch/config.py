@@ -17,6 +17,7 @@ from typing import Any, Literal
 import yaml
 
 from cheaplunch.errors import UserError
+from cheaplunch.files import write_text
 
 PromptKind = Literal["furthest", "random", "box"]
 """Prompts drawn from the truth: the point furthest from its boundary, a random one, its tight box."""
@@ -49,12 +50,18 @@ class DataConfig:
 class ModelConfig:
     """The network and what of it is trained (§2.2)."""
 
-    backbone: str = setting("lite-medsam", "pretrained network, by name")
-    weights: Path | None = setting(None, "checkpoint file of that backbone; default: the published one")
+    backbone: str = setting(
+        "lite-medsam",
+        "pretrained network: lite-medsam, mobile-sam, sam-vit-b, sam-vit-l, sam-vit-h, medsam-vit-b, "
+        "tiny-random (for tests), a folder with a transformers SAM, or a hub id (docs/backbones.md)",
+    )
+    weights: Path | None = setting(
+        None, "checkpoint of that backbone: a file, or a transformers folder; default: the published one"
+    )
     image_size: int | None = setting(
         None,
-        "side of the square network input in px; default: fitted to the backbone's windows (224 for lite-medsam), "
-        "half of it for images up to 96 px; zero-shot: as published (256)",
+        "side of the square network input in px; default: 224 for lite-medsam, 448 for mobile-sam, 512 for the ViTs, "
+        "half of it for images up to 96 px; zero-shot: as published (256; 1024 for all but lite-medsam)",
     )
     tuning: Literal["lora", "none"] = setting("lora", "what is trained: LoRA with the decoder's outputs, or nothing")
     lora_rank: int = setting(4, "rank r of the LoRA updates (§2.2)")
@@ -75,29 +82,29 @@ class SynthesisConfig:
     drop: float = setting(
         0.25, "probability that an organ of the exemplar is not pasted, so that slices with few organs occur too"
     )
-    rotation_deg: float = setting(15.0, "largest rotation, either way")
-    scale: float = setting(0.25, "largest relative change of size, either way")
+    rotation_deg: float = setting(20.0, "largest rotation, either way")
+    scale: float = setting(0.3, "largest relative change of size, either way")
     shift: float = setting(0.04, "largest move of a pasted organ, either way, as a share of the image side")
     flip: float = setting(
-        0.25, "probability of a left-right flip, and of an up-down flip, of a pasted organ and of a background"
+        0.0, "probability of a left-right flip, and of an up-down flip, of a pasted organ and of a background"
     )
-    blur_px: float = setting(1.0, "largest standard deviation of the Gaussian blur, in px of the network input")
-    intensity: float = setting(0.2, "largest change of brightness (added) and of contrast and gamma (relative)")
+    blur_px: float = setting(1.5, "largest standard deviation of the Gaussian blur, in px of the network input")
+    intensity: float = setting(0.4, "largest change of brightness (added) and of contrast and gamma (relative)")
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
     """Loss, optimiser and schedule (§3.3)."""
 
-    steps: int = setting(200, "optimiser steps")
-    batch_size: int = setting(4, "images a step")
+    steps: int = setting(800, "optimiser steps")
+    batch_size: int = setting(1, "images a step, of all processes together")
     prompts_per_image: int = setting(4, "(class, point) pairs on each image, which share one pass of the encoder")
     furthest_share: float = setting(
         0.5, "share of the training points that are furthest from the boundary, as a careful user clicks (paper: 0)"
     )
-    learning_rate: float = setting(4e-3, "of AdamW, at its top (§3.3: 0.001; see docs/results.md)")
+    learning_rate: float = setting(2e-3, "of AdamW, at its top (§3.3: 0.001; see docs/results.md)")
     weight_decay: float = setting(0.01, "of AdamW, on everything but biases and norms (paper: not stated)")
-    warmup_steps: int = setting(20, "steps in which the learning rate rises (§3.3: number not stated)")
+    warmup_steps: int = setting(80, "steps in which the learning rate rises (§3.3: number not stated)")
     final_lr: float = setting(0.05, "learning rate at the last step, relative, reached by exponential decay (§3.3)")
     ce_weight: float = setting(1.0, "λ1 of the loss (§3.3)")
     dice_weight: float = setting(0.8, "λ2 of the loss (§3.3)")
@@ -110,7 +117,7 @@ class TrainingConfig:
     validation_cases: int = setting(
         0, "training cases held out; the adapter is then of the step that does best on them, never on the test cases"
     )
-    validate_every: int = setting(50, "steps between two looks at the validation cases")
+    validate_every: int = setting(100, "steps between two looks at the validation cases")
     patience: int = setting(0, "stop after so many looks without a better one; 0: take every step")
     checkpoint_every: int = setting(100, "steps between checkpoints for --resume")
     tracker: Literal["none", "tensorboard", "trackio", "wandb"] = setting(
@@ -234,7 +241,7 @@ def override(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
 
 
 def save_config(config: RunConfig, path: Path) -> None:
-    path.write_text(yaml.safe_dump(as_values(config), sort_keys=False), encoding="utf-8")
+    write_text(yaml.safe_dump(as_values(config), sort_keys=False), path)
 
 
 def load_config(path: Path) -> RunConfig:

@@ -46,20 +46,23 @@ def pick_exemplars(index: SliceIndex, count: int, strategy: Strategy, rng: np.ra
 
 
 def _spread(index: SliceIndex, worth: Sequence[int], count: int, rng: np.random.Generator) -> list[int]:
-    """Slices at evenly spread heights of the foreground, from as many volumes as there are.
+    """Slices at evenly spread shares of the foreground, from as many volumes as there are.
 
-    The i-th of N comes from the i-th volume of a random order, at (i + ½) / N of the way through its slices with
-    foreground: so the ends of organs are seen as well as their middles. A class that this misses takes its largest
-    slice, in place of the slice whose classes are shown most often.
+    The i-th of N comes from the i-th volume of a random order: the slice in which, from below, (i + ½) / N of the
+    volume's foreground has been passed, every class measured against its own largest area. So the ends of organs are
+    seen as well as their middles, and large slices, where most of an organ lies, more often than small ones. A class
+    that this misses takes its largest slice, in place of the slice whose classes are shown most often.
     """
+    part = (index.area_px / np.maximum(index.area_px.max(axis=0), 1)).sum(axis=1)  # (N,)
     by_case = _by_case(index, worth)
     order = rng.permutation(sorted(by_case)).tolist()
-    heights = (rng.permutation(count) + 0.5) / count
+    shares = (rng.permutation(count) + 0.5) / count
     chosen: list[int] = []
-    for turn, height in enumerate(heights):
+    for turn, share in enumerate(shares):
         slices = [i for i in by_case[order[turn % len(order)]] if i not in chosen]
         slices = slices or [i for i in worth if i not in chosen]
-        chosen.append(slices[int(height * len(slices))])
+        passed = np.cumsum(part[slices])
+        chosen.append(slices[int(np.searchsorted(passed, share * passed[-1], side="right"))])
     shown = index.area_px > 0
     for k in np.flatnonzero(shown.any(axis=0) & ~shown[chosen].any(axis=0)):
         times = shown[chosen].sum(axis=0)
