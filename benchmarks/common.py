@@ -26,6 +26,7 @@ from rich.progress import track
 
 from cheaplunch import runtime
 from cheaplunch.files import write_json
+from cheaplunch.learner import Work
 from cheaplunch.models.backbones import fill, find_weights, get_backbone, read_checkpoint
 from cheaplunch.models.sam import Sam
 from cheaplunch.models.tiny_vit import TinyViT
@@ -158,11 +159,8 @@ def published_network(image_size_px: int) -> Sam:
     return network.eval().requires_grad_(False)
 
 
-def made_up_batch(images: int, prompts: int, size_px: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, Prompts]:
-    """What a training step works on, shaped as `learner.draw_work` shapes it: smooth noise, discs, their centres.
-
-    Images (B, 3, S, S), targets (B, P, S, S) bool, one point for each target.
-    """
+def made_up_batch(images: int, prompts: int, size_px: int, seed: int) -> Work:
+    """What a training step works on, shaped as `learner.draw_work` shapes it: smooth noise, discs, their centres."""
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.rand(images, 1, 16, 16, generator=generator)
     smooth = torch.nn.functional.interpolate(coarse, (size_px, size_px), mode="bilinear").repeat(1, 3, 1, 1)
@@ -171,4 +169,4 @@ def made_up_batch(images: int, prompts: int, size_px: int, seed: int) -> tuple[t
     x_distance = ticks[None, :] - centres[..., 0, None, None]  # (B, P, 1, S)
     y_distance = ticks[:, None] - centres[..., 1, None, None]  # (B, P, S, 1)
     targets = x_distance**2 + y_distance**2 < (size_px / 8) ** 2
-    return smooth, targets, Prompts.of_points(centres)
+    return Work(smooth, targets, Prompts.of_points(centres), torch.full((images, 2), size_px))

@@ -55,7 +55,7 @@ def main() -> None:
     options = parser.parse_args()
     check_counter()
     runtime.use_cores()
-    work = Work(*made_up_batch(options.batch_size, options.prompts, options.image_size, seed=0))
+    work = made_up_batch(options.batch_size, options.prompts, options.image_size, seed=0)
 
     with console.status("peaks of both precisions"):
         peaks = {name: fastest_matmul(dtype, options.matmul) for name, dtype in PRECISIONS.items()}

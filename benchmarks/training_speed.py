@@ -65,7 +65,7 @@ def measure(options: Namespace, prompts: int) -> dict:
     """Images a second of both; SystemExit where they do not compute the same."""
     runtime.use_cores()
     size, batch = options.image_size, options.batch_size
-    works = [Work(*made_up_batch(batch, prompts, size, seed)) for seed in range(2 + options.steps)]
+    works = [made_up_batch(batch, prompts, size, seed) for seed in range(2 + options.steps)]
     config = build_config(
         "cheap-lunch",
         {"image_size": size, "batch_size": batch, "prompts_per_image": prompts, "device": "cpu"},

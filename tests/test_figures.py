@@ -22,7 +22,7 @@ def test_sheet_has_exemplars_in_the_first_column_and_labels_beneath(tmp_path, ch
     labels = torch.full((4, 16, 16), 2, dtype=torch.uint8)
     size = torch.tensor([[16, 16]])
     pool = Pool(torch.full((1, channels, 16, 16), 0.8), labels[:1], torch.zeros(1, channels, 16, 16), size, size, 2)
-    samples = Batch(torch.full((4, channels, 16, 16), 0.4), torch.ones_like(labels))
+    samples = Batch(torch.full((4, channels, 16, 16), 0.4), torch.ones_like(labels), torch.full((4, 2), 16))
     figures.synthesis_sheet(pool, samples, ["liver", "_a $spleen$"], tmp_path / "sheet.png")
 
     sheet = pixels(tmp_path / "sheet.png")

@@ -41,3 +41,12 @@ def test_dice_is_of_each_mask_so_that_a_small_one_counts_as_a_large_one():
     assert segmentation_loss(outputs, truth, 0, 1).item() == pytest.approx(1, abs=1e-6)
     outputs[0, 0, 1] = torch.where(truth[0, 0], 40.0, 0.0)  # the small one is found: half the loss goes
     assert segmentation_loss(outputs, truth, 0, 1).item() == pytest.approx(0.5, abs=1e-6)
+
+
+def test_targets_come_to_coarser_outputs():
+    # 4 × 4 targets, 2 × 2 outputs: the middles of the quarters are read, and a perfect answer costs nothing.
+    target = torch.zeros(1, 4, 4, dtype=torch.bool)
+    target[0, :2, :2] = True
+    logits = torch.where(torch.tensor([[True, False], [False, False]]), 40.0, -40.0)
+    outputs = torch.stack([torch.zeros(2, 2), logits])[None]  # (1, 2, 2, 2)
+    assert segmentation_loss(outputs, target, 1.0, 0.8).item() < 1e-6

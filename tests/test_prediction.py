@@ -22,7 +22,7 @@ class LikeThePoint(torch.nn.Module):
         self.nothing = torch.nn.Parameter(torch.zeros(1))
         self.encoded = 0
 
-    def embed(self, images):
+    def embed(self, images, shown_px=None):
         self.encoded += len(images)
         return ((images[:, :1] - 0.1) / 0.4).round()  # (B, 1, 64, 64): 0, 1 or 2
 

@@ -13,10 +13,14 @@ import torch
 from safetensors.torch import load_file
 
 from cheaplunch.config import RunConfig, TrainingConfig, build_config
+from cheaplunch.data.layouts import open_dataset
+from cheaplunch.data.slices import Window, load_case
 from cheaplunch.errors import Stopped, UserError
 from cheaplunch.learner import draw_targets, learning_rate
 from cheaplunch.material import prepare
 from cheaplunch.models.lora import ADAPTER_FILE
+from cheaplunch.models.segmenter import load_segmenter
+from cheaplunch.prediction import Predictor, segment_with_oracle
 from cheaplunch.runs import RunFolder
 from cheaplunch.training import finetune
 
@@ -184,6 +188,23 @@ def test_gradient_checkpointing_changes_no_number(settings, run, tmp_path):
     assert adapter_hash(thrifty) == adapter_hash(run)
 
 
+# ---- other backbones
+
+
+def test_a_vit_trains_and_predicts_on_slices_that_are_not_square(tmp_path):
+    # Its logits are coarser than its input, and its padding is what its pixel norm makes of nothing.
+    label = np.zeros((24, 40, 3), np.uint8)
+    label[6:14, 10:22, 1] = 1
+    data = _write(tmp_path / "set", np.where(label > 0, 200, 50).astype(np.float32), label)
+    values = {"backbone": "tiny-random", "image_size": 64, "steps": 2, "warmup_steps": 1, "exemplars": 1}
+    config = build_config("cheap-lunch", values | {"data": data, "device": "cpu", "gradient_checkpointing": True})
+    run = finetune(config, tmp_path / "run")
+    assert [line["step"] for line in records(run)] == [1, 2]
+    case = load_case(open_dataset(data).cases[0], open_dataset(data), Window())
+    predictor = Predictor(load_segmenter(run.load_config().model, run.adapter))
+    assert segment_with_oracle(predictor, case, "furthest", np.random.default_rng(0)).shape == (3, 40, 24)
+
+
 # ---- validation
 
 
@@ -272,10 +293,10 @@ def test_every_setting_is_written_down_resolved(settings):
 
 
 def test_training_moves_the_network(settings, run, build):
-    from cheaplunch.models.segmenter import load_segmenter
+    from cheaplunch.models.lora import load_adapter
 
-    started = build(image_size=32)
-    trained = load_segmenter(run.load_config().model, run.adapter)
+    started, trained = build(image_size=32), build(image_size=32)
+    load_adapter(trained.network, run.adapter)
     before = dict(started.named_parameters())
     moved = {n for n, p in trained.named_parameters() if not torch.equal(p, before[n])}
     assert all(before[name].requires_grad for name in moved)  # nothing else did

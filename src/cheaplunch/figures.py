@@ -55,7 +55,7 @@ def synthesis_sheet(pool: Pool, samples: Batch, names: Sequence[str], path: Path
     rows = min(len(pool.images), len(samples.images), SHEET_ROWS)
     columns = math.ceil(len(samples.images) / rows)
     shown = np.linspace(0, len(pool.images) - 1, rows).round().astype(int).tolist()
-    sources = Batch(pool.images[shown], pool.labels[shown])
+    sources = Batch(pool.images[shown], pool.labels[shown], pool.sizes[shown])
     h, w = _occupied(sources.images, samples.images)
     palette = np.vstack([np.zeros(3), class_colours(pool.classes)])
 

@@ -35,16 +35,19 @@ class Work:
     targets: Tensor
     """(B, P, S, S) bool: the mask that each prompt asks for."""
     prompts: Prompts
+    shown_px: Tensor
+    """Width and height (B, 2) that each image fills of its square."""
 
     def parts(self, count: int) -> Iterator[Work]:
         """The same in `count` equal parts of its images."""
         size = len(self.images) // count
         for start in range(0, len(self.images), size):
             some = slice(start, start + size)
-            yield Work(self.images[some], self.targets[some], self.prompts[some])
+            yield Work(self.images[some], self.targets[some], self.prompts[some], self.shown_px[some])
 
     def to(self, device: torch.device) -> Work:
-        return Work(_send(self.images, device), _send(self.targets, device), self.prompts.to(device))
+        images, targets, shown_px = (_send(t, device) for t in (self.images, self.targets, self.shown_px))
+        return Work(images, targets, self.prompts.to(device), shown_px)
 
 
 def draw_work(material: Material, step: int, offsets: Sequence[int]) -> Work:
@@ -57,7 +60,7 @@ def draw_work(material: Material, step: int, offsets: Sequence[int]) -> Work:
         generator = torch.Generator().manual_seed(derive_seed(seed, "prompts", step, offset))
         targets.append(draw_targets(label, config.training.prompts_per_image, material.pool.classes, generator))
         points.append(training_points(targets[-1], generator, config.training.furthest_share))
-    return Work(as_rgb(batch.images), torch.stack(targets), Prompts.of_points(torch.stack(points)))
+    return Work(as_rgb(batch.images), torch.stack(targets), Prompts.of_points(torch.stack(points)), batch.sizes)
 
 
 def draw_targets(label: Tensor, count: int, classes: int, generator: torch.Generator) -> Tensor:
@@ -90,11 +93,11 @@ class Learner:
         self.device: torch.device = accelerator.device
         self.precision: Precision = pick_precision(self.config.precision, self.device)
         self.segmenter: Segmenter = build_segmenter(config.model, config.seed).to(self.device)
-        encoder: Any = self.segmenter.network.vision_encoder
+        network: Any = self.segmenter.network
         if self.config.gradient_checkpointing:
-            encoder.gradient_checkpointing_enable()
+            network.checkpoint_encoder()
         if self.config.compile:
-            encoder.compile()
+            network.vision_encoder.compile()
         self.optimizer = build_optimizer(self.segmenter, self.config)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         self.parallel = accelerator.prepare_model(self.segmenter)
@@ -115,7 +118,7 @@ class Learner:
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.parallel):
                 # Not accelerate's autocast: its state is one a process, and a second run may want another precision.
                 with autocast(self.device, self.precision):
-                    outputs = self.parallel(part.images, part.prompts)  # (B, P, 2, S, S)
+                    outputs = self.parallel(part.images, part.prompts, part.shown_px)  # (B, P, 2, S, S)
                 loss = segmentation_loss(outputs, part.targets, self.config.ce_weight, self.config.dice_weight)
                 loss = loss / len(parts)
                 self.scaler.scale(loss).backward()

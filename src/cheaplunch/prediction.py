@@ -44,8 +44,9 @@ class Predictor:
         embedded = []
         for start in range(0, len(images), ENCODED_AT_ONCE):
             batch = as_rgb(frame.to_model(torch.from_numpy(images[start : start + ENCODED_AT_ONCE])))
+            shown = torch.tensor([frame.resized[::-1]] * len(batch), device=self.device)
             with autocast(self.device, self._precision):
-                embeddings = self.segmenter.embed(batch.to(self.device))
+                embeddings = self.segmenter.embed(batch.to(self.device), shown)
             embedded += [Embedded(embedding[None].float(), frame) for embedding in embeddings]
         return embedded
 

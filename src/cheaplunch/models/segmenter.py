@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from cheaplunch.config import ModelConfig
 from cheaplunch.models.backbones import get_backbone, load_backbone
 from cheaplunch.models.heads import Head, foreground_logit, make_two_outputs, trained_modules
-from cheaplunch.models.lora import DECODER_QV, ENCODER_QV, add_lora, load_adapter
+from cheaplunch.models.lora import DECODER_QV, ENCODER_QV, add_lora, load_adapter, merge
 from cheaplunch.models.sam import Sam
 from cheaplunch.prompts import Prompts
 
@@ -29,32 +28,25 @@ class Segmenter(nn.Module):
         self.head: Head = head
         self.image_size_px = image_size_px
 
-    def embed(self, images: Tensor) -> Tensor:
-        """(B, 3, S, S) in [0, 1] → (B, 256, S / stride, S / stride)."""
-        embedding = self.network.vision_encoder(images)
-        return embedding if isinstance(embedding, Tensor) else embedding.last_hidden_state
+    def embed(self, images: Tensor, shown_px: Tensor | None = None) -> Tensor:
+        """(B, 3, S, S) in [0, 1] → (B, 256, S / stride, S / stride).
+
+        `shown_px` (B, 2) is each image's width and height in its square; see `Sam.encode` for what it does to padding.
+        """
+        return self.network.encode(images, shown_px)
 
     def decode(self, embeddings: Tensor, prompts: Prompts) -> Tensor:
         """B embeddings and P prompts on each → (B, P, O, H, W) outputs in float32; O is 1 or 2.
 
         H and W are four times the embedding's. The batch stays B: every image has its own P prompts.
         """
-        with _full_precision(embeddings.device):  # bf16 positions of near pixels would coincide
-            sparse, dense = self.network.prompt_encoder(
-                prompts.points_xy, prompts.point_labels, prompts.boxes_xyxy, None
-            )
-            positions = self.network.positions()  # (1, 256, h, w)
-        masks, _ = self.network.mask_decoder(
-            image_embeddings=embeddings,
-            image_positional_embeddings=positions.repeat(len(embeddings), 1, 1, 1),
-            sparse_prompt_embeddings=sparse,  # (B, P, tokens, 256)
-            dense_prompt_embeddings=dense,  # (B, 256, h, w)
-            multimask_output=self.head == "two",
+        masks, _ = self.network.decode(
+            embeddings, prompts.points_xy, prompts.point_labels, prompts.boxes_xyxy, multimask=self.head == "two"
         )
         return masks[:, :, :2].float()
 
-    def forward(self, images: Tensor, prompts: Prompts) -> Tensor:
-        return self.decode(self.embed(images), prompts)
+    def forward(self, images: Tensor, prompts: Prompts, shown_px: Tensor | None = None) -> Tensor:
+        return self.decode(self.embed(images, shown_px), prompts)
 
     def foreground(self, embeddings: Tensor, prompts: Prompts) -> Tensor:
         """As `decode`, but the target's logit alone: (B, P, H, W)."""
@@ -75,11 +67,8 @@ def build_segmenter(config: ModelConfig, seed: int = 0) -> Segmenter:
 
 
 def load_segmenter(config: ModelConfig, adapter: Path) -> Segmenter:
-    """A fine-tuned network, ready to predict."""
+    """A fine-tuned network, ready to predict: plain, with the adapter merged into it."""
     segmenter = build_segmenter(config)
     load_adapter(segmenter.network, adapter)  # pyright: ignore[reportArgumentType]
-    return segmenter.eval()
-
-
-def _full_precision(device: torch.device) -> contextlib.AbstractContextManager:
-    return torch.autocast(device.type, enabled=False)
+    plain = merge(segmenter.network)  # pyright: ignore[reportArgumentType]
+    return Segmenter(plain, segmenter.head, segmenter.image_size_px).eval()

@@ -3,7 +3,7 @@
 Wu et al., "TinyViT: Fast Pretraining Distillation for Small Vision Transformers", ECCV 2022
 (arXiv:2207.10666), in the variant of MobileSAM (arXiv:2306.14289): the third merging keeps its
 resolution, and a neck brings the features to SAM's 256 channels. LiteMedSAM embeds single pixels
-(stride 1) and so reads images of 256 px where MobileSAM reads 1024.
+(stride 1) and so reads images of 256 px where MobileSAM (stride 4) reads 1024.
 
 Two things differ from the published code without changing what is computed: features stay
 (B, H, W, C) between blocks, which is the memory order that both the convolutions and the matrix
@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass(frozen=True)
 class TinyViTConfig:
-    """Widths and depths of the four stages; the defaults are LiteMedSAM's."""
+    """Widths and depths of the four stages; the defaults are LiteMedSAM's, and `patch_stride=4` is MobileSAM's."""
 
     embed_dims: tuple[int, int, int, int] = (64, 128, 160, 320)
     depths: tuple[int, int, int, int] = (2, 2, 6, 2)
@@ -30,11 +30,13 @@ class TinyViTConfig:
     window_sizes: tuple[int, int, int, int] = (7, 7, 14, 7)
     expansion: int = 4
     out_channels: int = 256
+    patch_stride: int = 1
+    """Input pixels per side of one patch: 1, or 4 by two convolutions that halve."""
 
     @property
     def stride(self) -> int:
         """Input pixels per side of one cell of the embedding: stages 1 and 2 halve, stage 3 does not."""
-        return 4
+        return 4 * self.patch_stride
 
 
 class ConvNorm(nn.Module):
@@ -56,7 +58,8 @@ class ConvNorm(nn.Module):
             return
         assert norm.running_var is not None and norm.running_mean is not None
         gain = norm.weight / (norm.running_var + norm.eps).sqrt()
-        self.c.weight.mul_(gain[:, None, None, None])
+        # A new tensor, for the loaded one may still be someone else's.
+        self.c.weight = nn.Parameter(self.c.weight * gain[:, None, None, None])
         self.c.bias = nn.Parameter(norm.bias - norm.running_mean * gain)
         self.bn = nn.Identity()
 
@@ -204,10 +207,10 @@ class LayerNorm2d(nn.LayerNorm):
 
 
 class TinyViT(nn.Module):
-    """Images (B, 3, S, S) in [0, 1] → SAM image embeddings (B, 256, S / 4, S / 4).
+    """Images (B, 3, S, S) → SAM image embeddings (B, 256, S / stride, S / stride).
 
-    S is 256 as published; any multiple of 4 works, since positions enter only as offsets within a
-    window (and the padding of the last windows is as published).
+    S is 256 (LiteMedSAM, stride 4) or 1024 (MobileSAM, stride 16) as published; any multiple of the stride works,
+    since positions enter only as offsets within a window (and the padding of the last windows is as published).
     """
 
     def __init__(self, config: TinyViTConfig | None = None):
@@ -215,9 +218,12 @@ class TinyViT(nn.Module):
         config = config or TinyViTConfig()
         self.config = config
         dims = config.embed_dims
-        self.patch_embed = nn.ModuleDict(
-            {"seq": nn.Sequential(ConvNorm(3, dims[0] // 2, 1), nn.GELU(), ConvNorm(dims[0] // 2, dims[0], 1))}
-        )
+        if config.patch_stride not in (1, 4):
+            raise ValueError(f"patch_stride is {config.patch_stride}; it is 1 or 4")
+        kernel, stride = (1, 1) if config.patch_stride == 1 else (3, 2)
+        first = ConvNorm(3, dims[0] // 2, kernel, stride)
+        second = ConvNorm(dims[0] // 2, dims[0], kernel, stride)
+        self.patch_embed = nn.ModuleDict({"seq": nn.Sequential(first, nn.GELU(), second)})
         self.layers = nn.ModuleList([ConvStage(dims[0], dims[1], config.depths[0], config.expansion)])
         for stage in (1, 2, 3):
             blocks = [
