@@ -15,7 +15,7 @@ from pathlib import Path
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from cheaplunch.errors import UserError
 from cheaplunch.files import whole_or_nothing
@@ -63,7 +63,7 @@ def save_adapter(adapted: PeftModel, folder: Path) -> None:
     adapted.peft_config["default"].save_pretrained(str(folder))
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in get_peft_model_state_dict(adapted).items()}
     with whole_or_nothing(folder / ADAPTER_FILE) as unfinished:
-        save_file(state, unfinished, metadata={"format": "pt"})
+        unfinished.write_bytes(save(state, metadata={"format": "pt"}))  # save_file would hide it from other users
 
 
 def load_adapter(adapted: PeftModel, folder: Path) -> None:
