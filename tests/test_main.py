@@ -225,8 +225,8 @@ def test_main_job_on_real_hippocampus(weights, tmp_path):
         for path in sorted((source / folder).iterdir())[:count]:
             shutil.copy(path, data / folder)
     shutil.copy(source / "dataset.json", data)
-    words = ["finetune", "--method", "cheap-lunch", "--data", data, "--out", run, "--exemplars", 5, "--steps", 30]
-    assert main([str(word) for word in words]) == 0
+    words = ["finetune", "--method", "cheap-lunch", "--data", data, "--out", run, "--exemplars", 5]
+    assert main([str(word) for word in (*words, "--steps", 120, "--warmup-steps", 12)]) == 0
     assert main([str(word) for word in ("evaluate", run, "--data", data, "--out", results)]) == 0
     tuned = json.loads(results.read_text())["mean"]["dice"]
     untuned = json.loads((run / "evaluations" / "furthest-strict" / "zero-shot.json").read_text())["mean"]["dice"]
