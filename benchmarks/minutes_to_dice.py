@@ -41,8 +41,10 @@ from monai.networks.nets import BasicUNet
 
 from cheaplunch import runtime
 from cheaplunch.config import RunConfig
+from cheaplunch.data.cases import load_case
+from cheaplunch.data.index import index_slices
 from cheaplunch.data.layouts import Dataset, open_dataset
-from cheaplunch.data.slices import Frame, as_rgb, from_slices, index_slices, load_case
+from cheaplunch.data.slices import Frame, as_rgb, from_slices
 from cheaplunch.evaluation.protocols import score_labels
 from cheaplunch.evaluation.tables import CaseScore, summarise
 from cheaplunch.exemplars import SliceKey, background_slices, read_exemplars

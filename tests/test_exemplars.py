@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from cheaplunch.data.slices import SliceArea, SliceIndex
+from cheaplunch.data.index import SliceArea, SliceIndex
 from cheaplunch.errors import UserError
 from cheaplunch.exemplars import (
     SliceKey,

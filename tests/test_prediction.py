@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from cheaplunch.data.slices import CaseSlices, Frame, as_rgb
+from cheaplunch.data.cases import CaseSlices
+from cheaplunch.data.slices import Frame, as_rgb
 from cheaplunch.prediction import Predictor, merge_classes, segment_with_oracle
 from cheaplunch.prompts import Prompts
 

@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import load_file
 
 from cheaplunch.config import RunConfig, TrainingConfig, build_config
+from cheaplunch.data.cases import load_case
 from cheaplunch.data.layouts import open_dataset
-from cheaplunch.data.slices import Window, load_case
+from cheaplunch.data.slices import Window
 from cheaplunch.errors import Stopped, UserError
 from cheaplunch.learner import draw_targets, learning_rate
 from cheaplunch.material import prepare

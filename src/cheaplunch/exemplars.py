@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 
-from cheaplunch.data.slices import SliceArea, SliceIndex
+from cheaplunch.data.index import SliceArea, SliceIndex
 from cheaplunch.errors import UserError
 
 Strategy = Literal["auto", "spread", "most-classes", "random"]

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from cheaplunch.config import RunConfig
+from cheaplunch.data.cases import CaseSlices, load_case
+from cheaplunch.data.index import SliceIndex, index_slices
 from cheaplunch.data.layouts import Case, Dataset, open_dataset
-from cheaplunch.data.slices import CaseSlices, Frame, SliceIndex, Window, default_window, index_slices, load_case
+from cheaplunch.data.slices import Frame, Window, default_window
 from cheaplunch.errors import UserError
 from cheaplunch.exemplars import SliceKey, background_slices, pick_exemplars, read_exemplars, require_every_class
 from cheaplunch.models.backbones import get_backbone

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from cheaplunch.config import PromptKind
-from cheaplunch.data.slices import CaseSlices, Frame, as_rgb
+from cheaplunch.data.cases import CaseSlices
+from cheaplunch.data.slices import Frame, as_rgb
 from cheaplunch.models.segmenter import Segmenter
 from cheaplunch.prompts import Prompts, oracle_prompts
 from cheaplunch.runtime import Precision, autocast

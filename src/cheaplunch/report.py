@@ -15,8 +15,9 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from cheaplunch.config import RunConfig, as_values, settings
+from cheaplunch.data.cases import load_case
 from cheaplunch.data.layouts import Dataset
-from cheaplunch.data.slices import Axis, Window, in_plane_spacing, load_case, to_slices
+from cheaplunch.data.slices import Axis, Window, in_plane_spacing, to_slices
 from cheaplunch.data.volume import read_label
 from cheaplunch.errors import UserError
 from cheaplunch.evaluation.tables import describe_prompts
@@ -141,7 +142,7 @@ def save_case_overlays(
     for role, (id_, dice) in pick_cases(results).items():
         loaded = load_case(cases[id_], dataset, window, axis)
         truth: np.ndarray = loaded.label  # pyright: ignore[reportAssignmentType]
-        mask = masks / cases[id_].label.name  # pyright: ignore[reportOptionalMemberAccess]
+        mask = masks / cases[id_].mask_name
         prediction = to_slices(read_label(mask, loaded.volume), axis)
         n = telling_slice(truth, prediction)
         spacing = in_plane_spacing(loaded.volume, axis)

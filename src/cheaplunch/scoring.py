@@ -10,8 +10,9 @@ import numpy as np
 
 from cheaplunch import processes
 from cheaplunch.config import PromptKind, RunConfig
+from cheaplunch.data.cases import load_case
 from cheaplunch.data.layouts import Dataset, open_dataset
-from cheaplunch.data.slices import Window, from_slices, load_case
+from cheaplunch.data.slices import Window, from_slices
 from cheaplunch.data.volume import write_mask
 from cheaplunch.errors import UserError
 from cheaplunch.evaluation.protocols import score_labels
@@ -77,7 +78,7 @@ def assess(
         predicted = segment_with_oracle(predictor, loaded, assessment.prompts, rng, assessment.box_margin_px)
         predicted = from_slices(predicted, config.data.axis)  # (Z, Y, X)
         truth = from_slices(loaded.label, config.data.axis)  # pyright: ignore[reportArgumentType]
-        write_mask(predicted, loaded.volume, masks / case.label.name)  # pyright: ignore[reportOptionalMemberAccess]
+        write_mask(predicted, loaded.volume, masks / case.mask_name)
         scores = score_labels(
             predicted,
             truth,

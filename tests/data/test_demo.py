@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from cheaplunch.data import demo
+from cheaplunch.data.index import index_slices
 from cheaplunch.data.layouts import open_dataset
-from cheaplunch.data.slices import index_slices
 from cheaplunch.data.volume import read_volume
 from cheaplunch.errors import UserError
 

@@ -5,18 +5,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from cheaplunch.data.cases import load_case
+from cheaplunch.data.index import index_slices
 from cheaplunch.data.layouts import open_dataset
-from cheaplunch.data.slices import (
-    Frame,
-    Window,
-    as_rgb,
-    default_window,
-    from_slices,
-    in_plane_spacing,
-    index_slices,
-    load_case,
-    to_slices,
-)
+from cheaplunch.data.slices import Frame, Window, as_rgb, default_window, from_slices, in_plane_spacing, to_slices
 from cheaplunch.data.volume import read_volume
 from cheaplunch.errors import UserError
 

@@ -29,6 +29,13 @@ class Case:
     split: Split
     patient: str  # never on both sides of a split made here
 
+    @property
+    def mask_name(self) -> str:
+        """The file name of a mask predicted for this case: its label's."""
+        if self.label is None:
+            raise ValueError(f"case {self.id} has no label to be named after")
+        return self.label.name
+
 
 @dataclass(frozen=True)
 class Dataset:

@@ -1,17 +1,14 @@
-"""Volume ↔ slices: window, axis, the model's square and its exact inverse, and the index of class areas."""
+"""Volume ↔ slices: window, axis, the model's square and its exact inverse."""
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from cheaplunch.data.layouts import Case, Dataset
-from cheaplunch.data.volume import Volume, read_label, read_volume, stored_range
-from cheaplunch.errors import UserError
+from cheaplunch.data.layouts import Dataset
+from cheaplunch.data.volume import Volume, stored_range
 
 Axis = Literal["axial", "coronal", "sagittal"]
 Array = TypeVar("Array", np.ndarray, torch.Tensor)
@@ -174,96 +171,3 @@ class Frame:
         if isinstance(points, torch.Tensor):
             return torch.tensor(scale, device=points.device)
         return np.asarray(scale)
-
-
-# -------------------------------------------------------------------- cases
-
-
-@dataclass(frozen=True, eq=False)
-class CaseSlices:
-    """A case cut into slices, ready for a model."""
-
-    image: np.ndarray  # (N, C, H, W) float32 in [0, 1]
-    label: np.ndarray | None  # (N, H, W) uint8, the dataset's label numbers
-    volume: Volume  # to write masks back, and for the spacing
-
-
-def load_case(case: Case, dataset: Dataset, window: Window, axis: Axis = "axial") -> CaseSlices:
-    """Read, window and cut a case. UserError names the file that is damaged or does not fit the dataset."""
-    volume, label = _read_checked(case, dataset, axis)
-    image = np.ascontiguousarray(to_slices(window(volume.array), axis))
-    if label is not None:
-        label = np.ascontiguousarray(to_slices(label, axis), dtype=np.uint8)
-    return CaseSlices(image, label, volume)
-
-
-@dataclass(frozen=True)
-class SliceArea:
-    """How much of each class one slice shows."""
-
-    case_id: str
-    slice_number: int  # along the index's axis, from 0
-    area_px: tuple[int, ...]  # in the order of SliceIndex.labels
-
-    @property
-    def has_foreground(self) -> bool:
-        return any(self.area_px)
-
-
-@dataclass(frozen=True)
-class SliceIndex:
-    axis: Axis
-    labels: tuple[str, ...]
-    slices: tuple[SliceArea, ...]  # cases in the order given, slices in theirs
-
-    @cached_property
-    def area_px(self) -> np.ndarray:
-        """(N, K) int64: pixels of each label on each slice."""
-        rows = [s.area_px for s in self.slices]
-        return np.array(rows, dtype=np.int64).reshape(len(rows), len(self.labels))
-
-
-def index_slices(
-    dataset: Dataset,
-    cases: Sequence[Case],
-    axis: Axis = "axial",
-    progress: Callable[[int, int], None] | None = None,
-) -> SliceIndex:
-    """Class areas of every slice of labelled cases. `progress` is told (cases done, of how many).
-
-    Images are read too, so that what is wrong with any case (damage, NaN, another grid, a label number
-    without a name) is said here, before an hour of training.
-    """
-    numbers = list(dataset.labels.values())
-    areas = []
-    for done, case in enumerate(cases, start=1):
-        _, label = _read_checked(case, dataset, axis)
-        if label is None:
-            raise UserError(f"{case.images[0]} has no label: only labelled cases can be indexed")
-        for number, plane in enumerate(to_slices(label, axis)):
-            counts = np.bincount(plane.ravel(), minlength=256)
-            areas.append(SliceArea(case.id, number, tuple(counts[numbers].tolist())))
-        if progress:
-            progress(done, len(cases))
-    return SliceIndex(axis, tuple(dataset.labels), tuple(areas))
-
-
-def _read_checked(case: Case, dataset: Dataset, axis: Axis) -> tuple[Volume, np.ndarray | None]:
-    volume = read_volume(case.images)
-    if len(volume.array) != len(dataset.channel_names):
-        raise UserError(
-            f"{case.images[0]} has {len(volume.array)} channels but dataset.json names "
-            f"{len(dataset.channel_names)}: {', '.join(dataset.channel_names)}"
-        )
-    if volume.spacing_mm is None and axis != "axial":
-        raise UserError(f"--axis {axis}: {case.images[0]} is a single picture; leave the flag out")
-    if case.label is None:
-        return volume, None
-    label = read_label(case.label, volume)
-    unknown = sorted(set(np.unique(label).tolist()) - {0, *dataset.labels.values()})
-    if unknown:
-        raise UserError(
-            f"{case.label} has label values {unknown} that dataset.json does not name: "
-            "add them to its labels or set them to 0 in the mask"
-        )
-    return volume, label
