@@ -221,6 +221,8 @@ def _from_config(name: str, folder: Path, source: Source) -> Backbone:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"--backbone {name}: its config.json cannot be read ({error})") from error
     vision: Any = config.vision_config
+    if not vision.use_rel_pos:
+        raise UserError(f"--backbone {name}: its ViT has no relative positions; it is not a SAM as published")
     norm = AS_IS if pixels.get("do_normalize") is False else IMAGENET
     if norm is IMAGENET and {"image_mean", "image_std"} <= pixels.keys():
         norm = PixelNorm(tuple(pixels["image_mean"]), tuple(pixels["image_std"]))

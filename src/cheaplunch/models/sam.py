@@ -16,6 +16,7 @@ from transformers.models.sam.modeling_sam import SamVisionEncoder
 
 from cheaplunch.errors import UserError
 from cheaplunch.models.layouts import to_transformers
+from cheaplunch.models.vit import with_own_attention
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Sam(nn.Module):
         with torch.device("meta"):
             model = SamModel(config)
             if vision_encoder is None:
-                vision_encoder = split_projections(model.vision_encoder)
+                vision_encoder = with_own_attention(model.vision_encoder)
         self.config = config
         self.norm = norm
         self.vision_encoder = vision_encoder
@@ -134,31 +135,6 @@ class Sam(nn.Module):
         x = (torch.arange(width, device=fourier.device) + 0.5) / width
         grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)  # (h, w, 2) as (x, y) in 0…1
         return self.prompt_encoder.shared_embedding(grid).permute(2, 0, 1)[None]
-
-
-class SplitProjection(nn.Module):
-    """A fused projection to [q | k | v] as three, (…, C) → (…, 3 C): what it computes is the same.
-
-    LoRA on q and v alone needs them apart; transformers' attention takes the three side by side and needs no change.
-    """
-
-    def __init__(self, fused: nn.Linear):
-        super().__init__()
-        width, bias = fused.in_features, fused.bias is not None
-        self.q_proj = nn.Linear(width, width, bias)
-        self.k_proj = nn.Linear(width, width, bias)
-        self.v_proj = nn.Linear(width, width, bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.cat((self.q_proj(x), self.k_proj(x), self.v_proj(x)), dim=-1)
-
-
-def split_projections(encoder: SamVisionEncoder) -> SamVisionEncoder:
-    """Puts a `SplitProjection`, still to be filled, in the place of every block's `qkv`."""
-    for layer in encoder.layers:
-        attention: Any = layer.attn
-        attention.qkv = SplitProjection(attention.qkv)
-    return encoder
 
 
 @torch.no_grad()
