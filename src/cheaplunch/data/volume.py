@@ -2,28 +2,50 @@
 
 Arrays run (C, Z, Y, X) with Z towards superior, Y towards posterior and X towards left: the file axes nearest
 to these, permuted and flipped, never interpolated. `array[:, z]` is an axial slice as radiologists see it.
+
+A source of an image is the path of a file, of a folder that holds one DICOM series, or `FOLDER#UID` for one of
+several series (dicom.py).
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import nibabel as nib
 import numpy as np
 from nibabel.affines import voxel_sizes
-from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation, ornt_transform
-from PIL import Image
+from nibabel.orientations import (
+    aff2axcodes,
+    apply_orientation,
+    axcodes2ornt,
+    inv_ornt_aff,
+    io_orientation,
+    ornt_transform,
+)
 
+from cheaplunch.data import dicom, formats
+from cheaplunch.data.formats import (
+    ARRAY_SUFFIXES,
+    ITK_SUFFIXES,
+    NIFTI_SUFFIXES,
+    PICTURE_SUFFIXES,
+    READERS,
+    Geometry,
+    Header,
+    Reader,
+    Role,
+)
 from cheaplunch.errors import UserError
 from cheaplunch.files import whole_or_nothing
 
-NIFTI_SUFFIXES = (".nii.gz", ".nii")
-PICTURE_SUFFIXES = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".bmp")
-SUFFIXES = NIFTI_SUFFIXES + PICTURE_SUFFIXES
+SUFFIXES = NIFTI_SUFFIXES + ITK_SUFFIXES + PICTURE_SUFFIXES + ARRAY_SUFFIXES + (dicom.SUFFIX,)
+
+_READERS = READERS | {dicom.SUFFIX: Reader(dicom.read_header, dicom.read_voxels)}
+_MASK_SUFFIX = {".jpg": ".png", ".jpeg": ".png", ".nhdr": ".nrrd", ".mhd": ".mha", ".npy.h5": ".npz", ".h5": ".npz"}
 
 _LPS = axcodes2ornt("LPS")  # X towards left, Y towards posterior, Z towards superior
+_RAS_FROM = {"RAS": np.eye(4), "LPS": np.diag([-1.0, -1, 1, 1]), "LAS": np.diag([-1.0, 1, 1, 1])}
+_LPS_FROM_RAS = _RAS_FROM["LPS"]  # its own inverse
 _AFFINE_TOLERANCE = 1e-3  # mm; exports of one scan by two programs differ by rounding
 
 
@@ -32,9 +54,12 @@ class Grid:
     """A file's own grid: all that is needed to write a mask back onto it. It can be pickled."""
 
     path: Path
-    shape: tuple[int, ...]  # the file's axes: NIfTI (i, j, k), pictures (H, W)
-    affine: np.ndarray | None = None  # (4, 4), (i, j, k) → RAS mm; None for pictures
-    header: nib.Nifti1Header | None = None  # qform and sform with their codes, byte order
+    shape: tuple[int, ...]  # the file's axes: (i, j, k) with an affine; pictures (H, W), their stacks (D, H, W)
+    affine: np.ndarray | None = None  # (4, 4), (i, j, k) → RAS mm; None for pictures and bare arrays
+    # What the file has beyond the affine: qform, sform, codes and byte order; ITK's numbers; the DICOM series.
+    header: nib.Nifti1Header | Geometry | dicom.Series | None = field(default=None, repr=False)
+    channels: int = 1
+    dtype: np.dtype = np.dtype(np.float32)  # as stored
 
     @property
     def orientation(self) -> np.ndarray:
@@ -42,17 +67,52 @@ class Grid:
         return io_orientation(self.affine)
 
     @property
+    def axcodes(self) -> str | None:
+        """Where the file's axes point, such as 'LPS' or 'RAS'; None without an affine."""
+        return None if self.affine is None else "".join(aff2axcodes(self.affine))
+
+    @property
+    def array_shape(self) -> tuple[int, int, int, int]:
+        """(C, Z, Y, X): the shape of the volume's array."""
+        if self.affine is None:
+            z, y, x = (1, *self.shape)[-3:]
+        else:
+            lengths = dict(zip(self.orientation[:, 0].astype(int), self.shape, strict=True))
+            z, y, x = lengths[2], lengths[1], lengths[0]
+        return self.channels, z, y, x
+
+    @property
+    def spacing_mm(self) -> tuple[float, float, float] | None:
+        """(z, y, x); each file axis carries its voxel size to the world axis nearest to it."""
+        if self.affine is None:
+            return None
+        spacing = dict(zip(self.orientation[:, 0].astype(int), voxel_sizes(self.affine), strict=True))
+        return float(spacing[2]), float(spacing[1]), float(spacing[0])
+
+    @property
     def mask_suffix(self) -> str:
-        """The file's own ending, or '.png' where that format would change label numbers."""
+        """The file's own ending; where that would change label numbers or need a second file, the nearest one.
+
+        JPEG → '.png', .nhdr → '.nrrd', .mhd → '.mha', HDF5 → '.npz'; '.dcm' (DICOM SEG) for a series.
+        """
         suffix = suffix_of(self.path)
-        return ".png" if suffix in (".jpg", ".jpeg") else suffix
+        return _MASK_SUFFIX.get(suffix, suffix)
+
+    @property
+    def mask_suffixes(self) -> tuple[str, ...]:
+        """Every ending that `write_mask` takes for this grid."""
+        if self.affine is not None:
+            series = isinstance(self.header, dicom.Series)
+            return (".nii.gz", ".nii", ".nrrd", ".mha") + ((dicom.SUFFIX,) if series else ())
+        flat = self.array_shape[1] == 1
+        return ((".png", ".bmp") if flat else ()) + (".tif", ".tiff", ".npz")
 
 
 @dataclass(frozen=True, eq=False)
 class Volume:
     """Voxels in the orientation of this module, with the grid they came from."""
 
-    array: np.ndarray  # (C, Z, Y, X) float32; pictures (C, 1, H, W)
+    array: np.ndarray  # (C, Z, Y, X) float32; pictures (C, 1, H, W), their stacks (C, D, H, W)
     spacing_mm: tuple[float, float, float] | None  # (z, y, x); None where the file has none
     grid: Grid
 
@@ -67,48 +127,70 @@ class Volume:
 
 
 def suffix_of(path: Path) -> str:
-    """The ending that names the format, lower case ('.nii.gz' as a whole); UserError where it is unknown."""
+    """The ending that names the format, lower case ('.nii.gz' as a whole), '.dcm' for a DICOM series.
+
+    UserError where it is unknown.
+    """
+    if dicom.names_series(path):
+        return dicom.SUFFIX
     for suffix in SUFFIXES:
         if path.name.lower().endswith(suffix):
             return suffix
     raise UserError(f"{path} has an unknown ending: give one of {', '.join(SUFFIXES)}")
 
 
-def read_volume(paths: Sequence[Path]) -> Volume:
-    """Read an image, one path per channel; a file with several channels (RGB, 4-D NIfTI) gives them all.
+def source_files(source: Path) -> tuple[Path, ...]:
+    """The files an image is made of: itself, its detached voxels, or a series' slices in their order."""
+    source = Path(source)
+    suffix = suffix_of(source)
+    if suffix == dicom.SUFFIX:
+        return dicom.open_series(source).files
+    return formats.block_files(source) if suffix in ITK_SUFFIXES else (source,)
 
-    Raises UserError where a file is missing, damaged, not an image of scalars, holds NaN or infinity, or
-    where the channels' grids differ.
+
+def read_grid(sources: Sequence[Path]) -> Grid:
+    """The grid of an image, one source per channel, from headers alone; UserError as of `read_volume`."""
+    return _joined([_open(Path(source), "image")[1] for source in sources])
+
+
+def read_volume(paths: Sequence[Path]) -> Volume:
+    """Read an image, one source per channel; a file with several channels (RGB, 4-D NIfTI) gives them all.
+
+    Of .npz and .h5 the array 'image' is read. Pages of a TIFF are Z. Raises UserError where a file is missing,
+    damaged, not an image of scalars, holds NaN or infinity, or where the channels' grids differ.
     """
-    channels, grid = [], None
-    for path in map(Path, paths):
-        voxels, own = _read(path)  # file axes + (C,)
+    opened = [(Path(path), *_open(Path(path), "image")) for path in paths]
+    channels, grid = [], _joined([own for _, _, own in opened])
+    for path, header, own in opened:
+        voxels = _READERS[suffix_of(path)].voxels(path, "image", header)  # file axes + (C,)
         with np.errstate(over="ignore"):
             voxels = voxels.astype(np.float32)
         if not np.isfinite(voxels).all():
             bad = np.count_nonzero(~np.isfinite(voxels))
             raise UserError(f"{path} has {bad} NaN or infinite voxels: give them the background's value")
-        if grid is None:
-            grid = own
-        else:
-            _check_same_grid(own, grid)
-        channels += [_to_lps(voxels[..., c], own) for c in range(voxels.shape[-1])]
-    if grid is None:
-        raise ValueError("a volume has at least one channel")
-    return Volume(np.stack(channels), _spacing_mm(grid), grid)
+        channels += [to_lps(voxels[..., c], own) for c in range(voxels.shape[-1])]
+    return Volume(np.stack(channels), grid.spacing_mm, grid)
 
 
-def read_label(path: Path, like: Volume) -> np.ndarray:
+def read_label(path: Path, like: Volume, names: Mapping[str, int] | None = None) -> np.ndarray:
     """Read a label map, (Z, Y, X) int32, turned by its own affine to lie voxel by voxel on `like.array[c]`.
+
+    Of .npz and .h5 the array 'label' is read. Of a DICOM SEG each segment gets the number `names` has for its
+    label; without `names`, the number cheaplunch wrote beside it, else its segment number.
 
     Raises UserError where it is missing, damaged, on another grid than the image, or not made of integers.
     """
-    path = Path(path)
-    voxels, grid = _read(path, label=True)
+    path, grid = Path(path), like.grid
+    if suffix_of(path) == dicom.SUFFIX and dicom.is_segmentation(path):
+        if grid.affine is None:
+            raise UserError(f"{path} has places in a patient but {grid.path.name} has none: export the image again")
+        segments = dicom.read_segmentation(path, grid.shape, _LPS_FROM_RAS @ grid.affine, names)
+        return np.ascontiguousarray(to_lps(segments, grid), dtype=np.int32)
+    header, grid = _open(path, "label")
     _check_same_grid(grid, like.grid)
-    if voxels.shape[-1] != 1:
-        raise UserError(f"{path} has {voxels.shape[-1]} channels: a label map has one, of label numbers")
-    voxels = voxels[..., 0]
+    if grid.channels != 1:
+        raise UserError(f"{path} has {grid.channels} channels: a label map has one, of label numbers")
+    voxels = _READERS[suffix_of(path)].voxels(path, "label", header)[..., 0]
     if not np.issubdtype(voxels.dtype, np.integer) and voxels.dtype != bool:
         if np.isnan(voxels).any():
             raise UserError(f"{path} has NaN voxels: write the label map with an integer type")
@@ -116,125 +198,98 @@ def read_label(path: Path, like: Volume) -> np.ndarray:
             raise UserError(f"{path} has values that are not integers: resample it by nearest neighbour")
     if np.abs(voxels.astype(float)).max(initial=0) >= 2**31:
         raise UserError(f"{path} has values beyond 2^31: write the label numbers of dataset.json")
-    return np.ascontiguousarray(_to_lps(voxels, grid), dtype=np.int32)
+    return np.ascontiguousarray(to_lps(voxels, grid), dtype=np.int32)
 
 
-def write_mask(mask: np.ndarray, like: Volume, path: Path) -> None:
+def write_mask(mask: np.ndarray, like: Volume, path: Path, names: Mapping[str, int] | None = None) -> None:
     """Write label numbers, (Z, Y, X) non-negative integers, on the exact grid of `like`'s file.
 
     Shape, affine, qform and sform are the file's; the type is the smallest unsigned integer that holds the
-    numbers (never the image's own). The file appears whole or not at all. A picture's mask is grey.
+    numbers (never the image's own); no text of the file's is taken along. The file appears whole or not at all.
+
+    Images in a patient's space take .nii.gz, .nii, .nrrd and .mha, a DICOM series .dcm too: a DICOM SEG of one
+    segment for each of `names` (name → label number), which refers to the series. A picture's mask is grey, a
+    stack's is a TIFF of its pages, and that of a bare array (.npz, .h5) is an .npz with the key 'label'.
     """
     path, grid = Path(path), like.grid
     if mask.shape != like.array.shape[1:]:
         raise ValueError(f"mask {mask.shape} does not fit the image {like.array.shape[1:]}")
-    suffix = suffix_of(path)
-    if (suffix in NIFTI_SUFFIXES) != (grid.header is not None):
-        raise UserError(f"{path}: a mask of {grid.path.name} cannot end so; use {grid.mask_suffix}")
-    if suffix in (".jpg", ".jpeg"):
-        raise UserError(f"{path}: JPEG would change the label numbers; use .png")
     if mask.size and mask.min() < 0:
         raise ValueError("label numbers are not negative")
+    suffix = suffix_of(path)
+    if suffix in (".jpg", ".jpeg"):
+        raise UserError(f"{path}: JPEG would change the label numbers; use .png")
+    if suffix not in grid.mask_suffixes:
+        raise UserError(f"{path}: a mask of {grid.path.name} cannot end so; use {grid.mask_suffix}")
     mask = mask.astype(np.min_scalar_type(int(mask.max(initial=0))))
+    voxels, own = _from_lps(mask, grid), grid.header
     with whole_or_nothing(path, suffix) as unfinished:
-        if grid.header is None:
-            Image.fromarray(mask[0]).save(unfinished)
+        if suffix == dicom.SUFFIX and isinstance(own, dicom.Series):
+            if names is None:
+                raise ValueError("a DICOM SEG names its segments: give `names`")
+            dicom.write_segmentation(voxels, own, names, unfinished)
+        elif suffix in NIFTI_SUFFIXES and grid.affine is not None:
+            formats.write_nifti(voxels, grid.affine, own if isinstance(own, nib.Nifti1Header) else None, unfinished)
+        elif suffix in ITK_SUFFIXES and grid.affine is not None:
+            place = own if isinstance(own, Geometry) else formats.geometry(_LPS_FROM_RAS @ grid.affine)
+            formats.write_itk(voxels, place, unfinished)
+        elif suffix in PICTURE_SUFFIXES:
+            formats.write_picture(mask, unfinished)
         else:
-            header = grid.header.copy()
-            header.set_data_dtype(mask.dtype)
-            header.set_slope_inter(1, 0)
-            header.set_intent("none")
-            header["cal_min"] = header["cal_max"] = 0
-            header["descrip"] = header["aux_file"] = header["db_name"] = b""  # may name the patient
-            image = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
-            nib.save(image(_from_lps(mask, grid), grid.affine, header), unfinished)
+            formats.write_npz(voxels, unfinished)
 
 
 def stored_range(path: Path) -> tuple[float, float] | None:
     """(0, 255) for a picture of 8 bits a channel; None where the file's type says nothing of the range."""
-    if suffix_of(path) in NIFTI_SUFFIXES:
-        return None
-    with _reading(path), Image.open(path) as picture:
-        return None if picture.mode.startswith(("I", "F")) else (0.0, 255.0)
+    return formats.picture_range(path) if suffix_of(path) in PICTURE_SUFFIXES else None
 
 
-def _read(path: Path, label: bool = False) -> tuple[np.ndarray, Grid]:
-    """Voxels in file axes with a last axis of channels, of the file's own type (scaled), and the grid."""
-    voxels, grid = _read_nifti(path) if suffix_of(path) in NIFTI_SUFFIXES else _read_picture(path, label)
-    if voxels.dtype.kind not in "biuf":  # complex numbers, NIfTI's RGB triples
-        raise UserError(f"{path} holds {voxels.dtype} voxels: export it with one real number a voxel")
-    return voxels, grid
+def _open(path: Path, role: Role) -> tuple[Header, Grid]:
+    header = _READERS[suffix_of(path)].header(path, role)
+    affine = None if header.affine is None else _RAS_FROM[header.frame] @ header.affine
+    return header, Grid(path, header.shape, affine, header.own, header.channels, header.dtype.newbyteorder("="))
 
 
-def _read_nifti(path: Path) -> tuple[np.ndarray, Grid]:
-    with _reading(path):
-        image: Any = nib.load(path)
-        voxels = np.asanyarray(image.dataobj)
-    if voxels.ndim == 2:
-        raise UserError(f"{path} has two axes: export it with three (one slice: a third axis of length 1)")
-    if voxels.ndim not in (3, 4) or 0 in voxels.shape:
-        raise UserError(f"{path} has shape {voxels.shape}: three axes are read, and a fourth for channels")
-    if not np.isfinite(image.affine).all() or np.linalg.matrix_rank(image.affine[:3, :3]) < 3:
-        raise UserError(f"{path} has no usable affine (zero or NaN spacing): export it again")
-    grid = Grid(path, voxels.shape[:3], image.affine, image.header.copy())
-    return voxels.reshape(*grid.shape, -1), grid
+def _joined(grids: Sequence[Grid]) -> Grid:
+    """The first of the grids with the channels of all; UserError where one is another."""
+    if not grids:
+        raise ValueError("a volume has at least one channel")
+    for grid in grids[1:]:
+        _check_same_grid(grid, grids[0])
+    return replace(grids[0], channels=sum(grid.channels for grid in grids))
 
 
-def _read_picture(path: Path, label: bool) -> tuple[np.ndarray, Grid]:
-    with _reading(path), Image.open(path) as picture:
-        if getattr(picture, "n_frames", 1) > 1:
-            raise UserError(f"{path} has {getattr(picture, 'n_frames', 1)} pages: save each as its own file")
-        # A palette holds an image's values, but only the colours of a label map's numbers.
-        if (not label and picture.mode == "P") or picture.mode in ("RGBA", "CMYK", "YCbCr"):
-            picture = picture.convert("RGB")
-        elif picture.mode == "LA":
-            picture = picture.convert("L")
-        pixels = np.asarray(picture)  # (H, W) or (H, W, 3)
-    return pixels.reshape(*pixels.shape[:2], -1), Grid(path, pixels.shape[:2])
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Damage shows as a dozen kinds of exception in the readers; to the user it is one thing."""
-    if not path.is_file():
-        raise UserError(f"{path} is missing: check the path")
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path} is cut off or damaged, copy it again ({reason})") from error
-
-
-def _to_lps(voxels: np.ndarray, grid: Grid) -> np.ndarray:
-    """File axes (i, j, k) or (H, W) → (Z, Y, X), a view."""
+def to_lps(voxels: np.ndarray, grid: Grid) -> np.ndarray:
+    """File axes (i, j, k), (H, W) or (D, H, W) → (Z, Y, X), a view."""
     if grid.affine is None:
-        return voxels[None]
+        return voxels.reshape(grid.array_shape[1:])
     return apply_orientation(voxels, ornt_transform(grid.orientation, _LPS)).transpose(2, 1, 0)
 
 
 def _from_lps(array: np.ndarray, grid: Grid) -> np.ndarray:
-    """(Z, Y, X) → file axes (i, j, k), a view: the inverse of `_to_lps`."""
+    """(Z, Y, X) → file axes, a view: the inverse of `to_lps`."""
+    if grid.affine is None:
+        return array.reshape(grid.shape)
     return apply_orientation(array.transpose(2, 1, 0), ornt_transform(_LPS, grid.orientation))
 
 
-def _spacing_mm(grid: Grid) -> tuple[float, float, float] | None:
-    """(z, y, x); each file axis carries its voxel size to the world axis nearest to it."""
-    if grid.affine is None:
-        return None
-    spacing = dict(zip(grid.orientation[:, 0].astype(int), voxel_sizes(grid.affine), strict=True))
-    return float(spacing[2]), float(spacing[1]), float(spacing[0])
+def _lps_affine(grid: Grid) -> np.ndarray:
+    """(4, 4): (x, y, z) of the array → RAS mm, the same for one grid however its file's axes run."""
+    return grid.affine @ inv_ornt_aff(ornt_transform(grid.orientation, _LPS), grid.shape)
 
 
 def _check_same_grid(grid: Grid, like: Grid) -> None:
-    if grid.shape != like.shape:
+    """The same voxels at the same places; the files' axes may run differently."""
+    if grid.array_shape[1:] != like.array_shape[1:]:
         raise UserError(
             f"{grid.path} has shape {grid.shape} but {like.path.name} has {like.shape}: "
             "export it again on the image's grid"
         )
-    ours, theirs = grid.affine, like.affine
-    if ours is None and theirs is None:
+    if grid.affine is None and like.affine is None:
         return
-    if ours is None or theirs is None or not np.allclose(ours, theirs, rtol=0, atol=_AFFINE_TOLERANCE):
+    if (
+        grid.affine is None
+        or like.affine is None
+        or not np.allclose(_lps_affine(grid), _lps_affine(like), rtol=0, atol=_AFFINE_TOLERANCE)
+    ):
         raise UserError(f"{grid.path} has another affine than {like.path.name}: export it again on the image's grid")
