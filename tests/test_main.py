@@ -144,7 +144,7 @@ def test_missing_label(broken, tmp_path, capsys):
 
 
 def test_label_of_another_shape(broken, tmp_path, capsys):
-    label = open_dataset(broken).split("train")[0].label
+    label = open_dataset(broken).split("train")[0].label.paths[0]
     rewrite(label, lambda voxels: voxels[:-1])
     assert f"labelsTr/{label.name}" in said(capsys, small(broken, tmp_path / "run"))
 

@@ -49,7 +49,9 @@ class Window:
 
 
 def default_window(dataset: Dataset) -> Window:
-    """CT has a scale of its own and so have 8-bit pictures; everything else goes by percentiles."""
+    """The source's own where it has one; CT has a scale, and so have 8-bit pictures; the rest goes by percentiles."""
+    if dataset.window is not None:
+        return Window(*dataset.window)
     if all(name.strip().upper() == "CT" for name in dataset.channel_names):
         return Window(*CT_WINDOW_HU)
     return Window(*(stored_range(dataset.cases[0].images[0]) or (None, None)))
