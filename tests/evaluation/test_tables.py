@@ -6,19 +6,14 @@ import math
 import numpy as np
 import pytest
 
+from cheaplunch.evaluation import statistics
 from cheaplunch.evaluation.protocols import UNDEFINED, Score
-from cheaplunch.evaluation.tables import (
-    CaseScore,
-    bootstrap_ci95,
-    describe_prompts,
-    format_table,
-    summarise,
-)
+from cheaplunch.evaluation.tables import CaseScore, describe_prompts, format_table, summarise
 from cheaplunch.files import write_json
 
 
 def score(dice: float, hd95: float = 4.0) -> Score:
-    return Score(dice=dice, iou=dice / (2 - dice), hd95=hd95, nsd=dice)
+    return Score(dice=dice, iou=dice / (2 - dice), hd95=hd95, nsd=dice, asd=hd95 / 4, volume_error=dice - 1)
 
 
 ROWS = [
@@ -38,22 +33,43 @@ def summary(rows=ROWS, patients=OWN_PATIENT, seed=0, **settings):
     return summarise(rows, patients=patients, rng=np.random.default_rng(seed), **usual | settings)
 
 
+FIGURES = ["dice", "hd95", "iou", "nsd", "asd", "volume_error"]
+NONE_LOST = {"missed": 0, "invented": 0}
+
+
 def test_undefined_scores_are_left_out_and_counted():
     # liver: (1 + 0) / 2 of two cases; spleen: 0.5 of one, the other undefined; gallbladder: none.
     classes = summary()["classes"]
-    assert classes["liver"] == {"dice": 0.5, "hd95": 4.0, "iou": 0.5, "nsd": 0.5, "n": 2, "n_undefined": 0}
-    assert classes["spleen"] == {
+    liver = {
         "dice": 0.5,
-        "hd95": 8.0,
-        "iou": 0.5 / 1.5,
+        "hd95": 4.0,
+        "iou": 0.5,
         "nsd": 0.5,
-        "n": 1,
-        "n_undefined": 1,
+        "asd": 1.0,
+        "volume_error": -0.5,
+        "n": 2,
+        "n_undefined": 0,
     }
-    assert classes["gallbladder"] == dict.fromkeys(["dice", "hd95", "iou", "nsd"]) | {
-        "n": 0,
-        "n_undefined": 2,
-    }
+    spleen = {"dice": 0.5, "hd95": 8.0, "iou": 0.5 / 1.5, "nsd": 0.5, "asd": 2.0, "volume_error": -0.5}
+    assert classes["liver"] == liver | NONE_LOST
+    assert classes["spleen"] == spleen | {"n": 1, "n_undefined": 1} | NONE_LOST
+    assert classes["gallbladder"] == dict.fromkeys(FIGURES) | {"n": 0, "n_undefined": 2} | NONE_LOST
+
+
+def test_missed_and_invented_organs_are_counted():
+    missed = Score(dice=0, iou=0, hd95=9, nsd=0, volume_error=-1, missed=1)
+    invented = Score(dice=0, iou=0, hd95=9, nsd=0, invented=1)
+    rows = [CaseScore(case, "liver", one) for case, one in zip("abc", [missed, missed, invented], strict=True)]
+    results = summary([*rows, CaseScore("a", "spleen", score(1.0))], {name: name for name in "abc"})
+    counts = {name: (figures["missed"], figures["invented"]) for name, figures in results["classes"].items()}
+    assert counts == {"liver": (2, 1), "spleen": (0, 0)}
+    assert (results["mean"]["missed"], results["mean"]["invented"]) == (1, 0.5)
+    assert [(row["missed"], row["invented"]) for row in results["cases"]] == [(1, 0), (1, 0), (0, 1), (0, 0)]
+
+
+def test_a_case_says_its_patient_where_that_is_another_name():
+    cases = summary(patients={"a": "anna", "b": "b"})["cases"]
+    assert {(row["id"], row.get("patient")) for row in cases} == {("a", "anna"), ("b", None)}
 
 
 def test_mean_is_over_classes_of_the_mean_over_cases():
@@ -71,21 +87,24 @@ def test_json_is_the_contract(tmp_path):
         "protocol": "strict",
         "prompts": "furthest",
         "oracle_prompts": True,
+        "present_classes_only": True,
         "backbone": "lite-medsam",
         "method": "cheap-lunch",
         "n_cases": 2,
         "unit": "mm",
         "nsd_tolerance": 2.0,
+        "ci95_method": statistics.DEFAULT,
     }
-    assert set(read["mean"]) == {"dice", "hd95", "iou", "nsd"}
-    assert read["cases"][0] == {"id": "a", "class": "liver", "dice": 1.0, "hd95": 2.0, "iou": 1.0, "nsd": 1.0}
-    assert read["cases"][2] == {"id": "a", "class": "gallbladder"} | dict.fromkeys(["dice", "hd95", "iou", "nsd"])
+    assert set(read["mean"]) == {*FIGURES, "missed", "invented"}
+    first = {"dice": 1.0, "hd95": 2.0, "iou": 1.0, "nsd": 1.0, "asd": 0.5, "volume_error": 0.0}
+    assert read["cases"][0] == {"id": "a", "class": "liver"} | first | NONE_LOST
+    assert read["cases"][2] == {"id": "a", "class": "gallbladder"} | dict.fromkeys(FIGURES) | NONE_LOST
     assert "NaN" not in (tmp_path / "results.json").read_text()
 
 
 def test_an_evaluation_where_nothing_is_defined_is_null_not_nan():
     results = summary([CaseScore("a", "liver", UNDEFINED)])
-    assert results["mean"] == dict.fromkeys(["dice", "hd95", "iou", "nsd"])
+    assert results["mean"] == dict.fromkeys(FIGURES) | NONE_LOST
     assert results["ci95"] == {"dice": None}
     json.dumps(results, allow_nan=False)
 
@@ -119,26 +138,6 @@ def test_bad_rows_are_refused(rows, patients, says):
 
 
 # --- the interval ---------------------------------------------------------------------------------
-
-
-def test_interval_of_two_patients_by_hand():
-    rows = [CaseScore("a", "liver", score(1.0)), CaseScore("b", "liver", score(0.0))]
-    # Resamples are aa, ab, ba, bb: a quarter are 0 and a quarter 1, so 2.5 and 97.5 % are 0 and 1.
-    assert bootstrap_ci95(rows, OWN_PATIENT, np.random.default_rng(0)) == [0.0, 1.0]
-
-
-def test_interval_equals_one_resampled_case_by_case():
-    truth = np.random.default_rng(1).random((6, 2))
-    rows = [CaseScore(str(i), f"c{j}", score(truth[i, j])) for i in range(6) for j in range(2) if (i, j) != (4, 1)]
-    patients = {str(i): "p" + str(i // 2) for i in range(6)}  # three patients of two cases
-    drawn = np.random.default_rng(3).multinomial(3, [1 / 3] * 3, size=500)
-    means = []
-    for times in drawn:
-        copies = [row for row in rows for _ in range(times[int(row.case_id) // 2])]
-        by_class = [[row.score.dice for row in copies if row.class_name == name] for name in ("c0", "c1")]
-        means.append(np.mean([np.mean(values) for values in by_class if values]))
-    ours = bootstrap_ci95(rows, patients, np.random.default_rng(3), resamples=500)
-    assert ours == pytest.approx(np.percentile(means, [2.5, 97.5]))
 
 
 def test_interval_is_the_same_for_a_seed():

@@ -5,9 +5,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from cheaplunch.evaluation import statistics
 from cheaplunch.evaluation.protocols import Score, find_protocol
 
 METRICS = ("dice", "hd95", "iou", "nsd")
+"""What methods are compared by."""
+FIGURES = (*METRICS, "asd", "volume_error")
+"""What is written of each score."""
+COUNTS = ("missed", "invented")
 
 
 @dataclass(frozen=True)
@@ -31,17 +36,20 @@ def summarise(
     nsd_tolerance: float,
     patients: Mapping[str, str],
     rng: np.random.Generator,
+    present_classes_only: bool = True,
 ) -> dict:
     """The results of an evaluation as `evaluate` writes them (contract: DESIGN §1).
 
     unit: of the images' spacing, "mm", or "px" where there is none; a protocol that ignores spacing writes
     "px" whatever the images have (a pixel or voxel). nsd_tolerance: in the unit written. patients: case id →
-    patient, the unit of the bootstrap. Classes keep the order of `rows`.
+    patient, the unit of the interval; written beside a case whose id it is not. present_classes_only: whether the
+    prompts also said which classes a slice has. Classes keep the order of `rows`.
 
     "mean" is the mean over classes of the mean over cases. Undefined scores are left out of both and counted:
     for each class "n" cases have a Dice, "n_undefined" have none. A class without any is null and left out of
-    the mean. "ci95" is the percentile bootstrap over patients of the mean Dice, null for fewer than two
-    patients.
+    the mean. In "missed" cases the truth has the class and the prediction has not, in "invented" ones the other way
+    round. "ci95" is the interval over patients of the mean Dice (`statistics.DEFAULT`, named in "ci95_method"), null
+    for fewer than two patients.
 
     Raises ValueError for no rows, a case and class scored twice, or a case without a patient.
     """
@@ -55,50 +63,40 @@ def summarise(
     for name in dict.fromkeys(row.class_name for row in rows):
         scores = [row.score for row in rows if row.class_name == name]
         n = sum(score.dice is not None for score in scores)
-        means = {metric: _mean(getattr(score, metric) for score in scores) for metric in METRICS}
-        classes[name] = means | {"n": n, "n_undefined": len(scores) - n}
+        means = {figure: _mean(getattr(score, figure) for score in scores) for figure in FIGURES}
+        counts = {count: sum(getattr(score, count) for score in scores) for count in COUNTS}
+        classes[name] = means | {"n": n, "n_undefined": len(scores) - n} | counts
 
     return {
         "protocol": protocol,
         "prompts": prompts,
         "oracle_prompts": oracle_prompts,
+        "present_classes_only": present_classes_only,
         "backbone": backbone,
         "method": method,
         "n_cases": len({row.case_id for row in rows}),
         "unit": "px" if find_protocol(protocol).in_voxels else unit,
         "nsd_tolerance": nsd_tolerance,
         "classes": classes,
-        "mean": {metric: _mean(figures[metric] for figures in classes.values()) for metric in METRICS},
-        "ci95": {"dice": bootstrap_ci95(rows, patients, rng)},
-        "cases": [
-            {"id": row.case_id, "class": row.class_name} | {m: getattr(row.score, m) for m in METRICS} for row in rows
-        ],
+        "mean": {name: _mean(figures[name] for figures in classes.values()) for name in (*FIGURES, *COUNTS)},
+        "ci95": {"dice": dice_ci95(rows, patients, rng)},
+        "ci95_method": statistics.DEFAULT,
+        "cases": [_case_row(row, patients[row.case_id]) for row in rows],
     }
 
 
-def bootstrap_ci95(
-    rows: Sequence[CaseScore], patients: Mapping[str, str], rng: np.random.Generator, resamples: int = 2000
-) -> list[float] | None:
-    """Percentile bootstrap of the mean over classes of the mean Dice over cases, drawing patients: [lo, hi].
+def dice_ci95(rows: Sequence[CaseScore], patients: Mapping[str, str], rng: np.random.Generator) -> list[float] | None:
+    """The 95 % interval of the mean over classes of the mean Dice over cases, with patients drawn: [lo, hi].
 
     A patient brings all cases and classes along. None for fewer than two patients with a defined Dice.
     """
-    dice = {(row.case_id, row.class_name): row.score.dice for row in rows if row.score.dice is not None}
-    who, patient = np.unique([patients[case_id] for case_id, _ in dice], return_inverse=True)
-    what, class_ = np.unique([name for _, name in dice], return_inverse=True)
-    if len(who) < 2:
-        return None
-    total, count = np.zeros((2, len(who), len(what)))  # of Dice, by patient and class
-    np.add.at(total, (patient, class_), list(dice.values()))
-    np.add.at(count, (patient, class_), 1)
+    sums = statistics.sum_by_patient((patients[row.case_id], row.class_name, row.score.dice) for row in rows)
+    return statistics.interval(sums, rng, within=(0.0, 1.0))
 
-    # How often each resample drew each patient: (resamples, patients). A class that no drawn patient has is
-    # left out of that resample's mean, as it would be of a study of those patients.
-    drawn = rng.multinomial(len(who), np.full(len(who), 1 / len(who)), size=resamples)
-    n = drawn @ count  # (resamples, classes)
-    class_means = np.divide(drawn @ total, n, out=np.zeros_like(n), where=n > 0)
-    means = class_means.sum(axis=1) / (n > 0).sum(axis=1)
-    return [float(bound) for bound in np.percentile(means, [2.5, 97.5])]
+
+def _case_row(row: CaseScore, patient: str) -> dict:
+    whose = {"id": row.case_id} if patient == row.case_id else {"id": row.case_id, "patient": patient}
+    return whose | {"class": row.class_name} | {name: getattr(row.score, name) for name in (*FIGURES, *COUNTS)}
 
 
 _PROMPTS = {
