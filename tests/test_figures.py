@@ -65,6 +65,15 @@ def test_telling_slice_is_the_one_with_most_truth_or_else_most_prediction():
     assert figures.telling_slice(truth, prediction) == 2
 
 
+def test_richest_slice_has_the_most_classes_and_then_the_most_of_them():
+    truth = np.zeros((4, 4, 4), np.uint8)
+    truth[0] = 1
+    truth[1, 0, :2] = truth[2, 0, :3] = truth[3, 0, :2] = 1
+    truth[1, 1, 0] = truth[2, 1, 0] = 2
+    assert figures.richest_slice(truth) == 2
+    assert figures.richest_slice(np.zeros_like(truth)) == 0
+
+
 def test_running_mean_of_a_constant_is_that_constant_to_the_ends():
     assert np.allclose(figures.smooth(np.full(100, 3.0)), 3.0)
     spike = figures.smooth(np.eye(1, 60, 30)[0])  # window 2 · 3 + 1

