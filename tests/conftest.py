@@ -10,8 +10,20 @@ import torch
 
 from cheaplunch.config import ModelConfig
 from cheaplunch.errors import UserError
+from cheaplunch.files import cache_folder
 from cheaplunch.models.backbones import BACKBONES, find_weights
 from cheaplunch.models.segmenter import Segmenter, build_segmenter
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """Tests leave nothing in the user's cache; weights that are there are used."""
+    theirs, own = cache_folder() / "weights", tmp_path_factory.mktemp("cache")
+    if theirs.is_dir():
+        (own / "weights").symlink_to(theirs.resolve(), target_is_directory=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CHEAPLUNCH_CACHE", str(own))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -32,6 +32,20 @@ def pick(index, count, strategy, seed=0):
     ]
 
 
+def test_a_slice_with_pixels_nobody_decided_on_is_neither_exemplar_nor_background(tmp_path):
+    """The one that shows the kidney best is ignored in part, and so is an empty one."""
+    rows = [((0, 0), 0), ((50, 90), 3), ((60, 0), 0), ((70, 20), 0), ((0, 0), 7)]
+    index = SliceIndex("axial", ("liver", "kidney"), tuple(SliceArea("a", n, *row) for n, row in enumerate(rows)))
+    for strategy in ("most-classes", "spread", "random"):
+        assert pick(index, 2, strategy) == [("a", 2), ("a", 3)]
+    assert pick(index, 1, "spread") == [("a", 3)]  # for the kidney
+    assert background_slices(index) == [SliceKey("a", 0)]
+    named = tmp_path / "chosen.csv"
+    named.write_text("case,slice\na,1\n")
+    with pytest.raises(UserError, match="line 2: slice 1 of a has pixels labelled to be ignored"):
+        read_exemplars(named, index)
+
+
 # ---- most classes
 
 

@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 
+from cheaplunch.config import Prompting
 from cheaplunch.data.cases import CaseSlices
 from cheaplunch.data.slices import Frame, as_rgb
-from cheaplunch.prediction import Predictor, merge_classes, segment_with_oracle
-from cheaplunch.prompts import Prompts
+from cheaplunch.prediction import Predictor, carry_click, merge_classes, segment_draws, segment_with_oracle
+from cheaplunch.prompts import Prompts, next_click, random_point
 
 
 class LikeThePoint(torch.nn.Module):
@@ -36,6 +37,15 @@ class LikeThePoint(torch.nn.Module):
         x, y = points[0].round().long().unbind(-1)  # (P,)
         pointed = embeddings[0, 0, y, x][:, None, None]
         return torch.where(embeddings[0] == pointed, 9.0, -9.0)[None]  # (1, P, S, S)
+
+
+class Bright(LikeThePoint):
+    """As its parent, but a point on the dark ground finds nothing."""
+
+    def foreground(self, embeddings, prompts):
+        x, y = prompts.points_xy[0, :, 0].round().long().unbind(-1)
+        dark = embeddings[0, 0, y, x] == 0  # (P,)
+        return torch.where(dark[:, None, None], -9.0, super().foreground(embeddings, prompts)[0])[None]
 
 
 def case_of(labels: np.ndarray) -> CaseSlices:
@@ -110,6 +120,120 @@ def test_without_truth_there_is_no_oracle():
         segment_with_oracle(Predictor(LikeThePoint()), case, "box", np.random.default_rng(0))
 
 
+def test_draws_share_the_embeddings_and_keep_probabilities_of_each_class():
+    labels = np.zeros((6, 12, 12), int)
+    labels[1:5, 1:5, 1:5] = 1
+    labels[2, 6:11, 6:11] = 2
+    predictor = Predictor(LikeThePoint())
+    seeds = [np.random.default_rng(seed) for seed in (4, 5)]
+    drawn = segment_draws(predictor, case_of(labels), Prompting("random"), seeds, keep=[2, 1])
+    assert predictor.segmenter.encoded == 4
+    for segmentation in drawn:
+        assert list(segmentation.labels) == [1]
+        np.testing.assert_array_equal(segmentation.label, labels)
+        assert segmentation.probabilities.dtype == np.float16
+        np.testing.assert_array_equal(segmentation.probabilities > 0.5, [labels == 2, labels == 1])
+
+
+def test_undecided_pixels_are_no_error_to_click_on():
+    class Memory(LikeThePoint):
+        """Finds all that is bright, and remembers how many points each question had."""
+
+        def foreground(self, embeddings, prompts):
+            asked.append(prompts.points_xy.shape[2])
+            return torch.where(embeddings > 0, 9.0, -9.0)
+
+    labels = np.zeros((1, 12, 12), int)
+    labels[0, 1:5, 1:5], labels[0, 6:10, 6:10] = 1, 2
+    for ignore, expected in ((labels == 2, [1]), (None, [1, 2, 3])):
+        asked: list[int] = []
+        case = CaseSlices(case_of(labels).image, (labels == 1).astype(np.uint8), volume=None, ignore=ignore)
+        segment_draws(Predictor(Memory()), case, Prompting("clicks", clicks=3), [np.random.default_rng(0)])
+        assert asked == expected
+
+
+# ---- one click a volume
+
+
+def two_balls() -> np.ndarray:
+    """(16, 24, 24): class 1 of radius 3 about slice 5, class 2 of radius 4 about slice 8, without their tips."""
+    z, y, x = np.mgrid[:16, :24, :24]
+    first = ((z - 5) ** 2 + (y - 6) ** 2 + (x - 7) ** 2 <= 9.5) & (abs(z - 5) < 3)
+    second = ((z - 8) ** 2 + (y - 15) ** 2 + (x - 14) ** 2 <= 16.5) & (abs(z - 8) < 4)
+    return np.where(first, 1, np.where(second, 2, 0))
+
+
+def test_one_click_finds_a_ball_on_every_slice_and_ends_with_it():
+    labels = two_balls()
+    predictor = Predictor(Bright())
+    found = carry_click(predictor, case_of(labels), np.random.default_rng(0), keep=[1, 2])
+    np.testing.assert_array_equal(found.label, labels)
+    np.testing.assert_array_equal(found.probabilities > 0.5, [labels == 1, labels == 2])
+    # The balls lie on slices 3 to 11; 2 and 12 are asked and found empty, and nothing beyond. Each slice once.
+    assert predictor.segmenter.encoded == 11
+
+
+def test_one_click_uses_no_more_truth_than_its_slices():
+    labels = two_balls()
+    case = case_of(labels)
+    only_there = np.zeros_like(labels)
+    for number, home in ((1, 5), (2, 8)):  # where each is largest
+        only_there[home][labels[home] == number] = number
+    forgetful = CaseSlices(case.image, only_there.astype(np.uint8), volume=None)
+    found = carry_click(Predictor(Bright()), forgetful, np.random.default_rng(0))
+    np.testing.assert_array_equal(found.label, labels)
+
+
+def test_one_click_does_not_jump_a_gap_nor_go_on_from_a_speck():
+    labels = np.zeros((10, 16, 16), int)
+    labels[1, 2:12, 2:12] = labels[3, 2:12, 2:12] = labels[4, 2:12, 2:12] = 1  # slice 2 is empty; 3 is home
+    labels[5, 2:12, 5:10] = 1  # ever smaller, each at least 0.4 of the one before
+    labels[6, 4:9, 5:10] = 1
+    labels[7, 5:7, 5:10] = 1
+    labels[8, 5:7, 5:7] = labels[9, 5:7, 5:7] = 1  # 4 pixels, less than 5 % of home's 101
+    labels[3, 1, 2] = 1
+    found = carry_click(Predictor(Bright()), case_of(labels), np.random.default_rng(0))
+    expected = labels.copy()
+    expected[[1, 9]] = 0
+    np.testing.assert_array_equal(found.label, expected)
+
+
+def test_one_click_ends_where_masks_hardly_overlap():
+    labels = np.zeros((5, 12, 14), int)
+    labels[0, 2:10, 2:10] = 1  # home
+    labels[1:3, 2:9, 2:9] = 1
+    labels[3, 2:9, 5:13] = labels[4, 2:9, 5:12] = 1  # holds the middle of the mask before, but 28 of 77 pixels: 0.36
+    found = carry_click(Predictor(Bright()), case_of(labels), np.random.default_rng(0))
+    np.testing.assert_array_equal(found.label[:3], labels[:3])
+    assert not found.label[3:].any()
+    labels[3] = labels[4]  # 28 of 70: 0.4
+    found = carry_click(Predictor(Bright()), case_of(labels), np.random.default_rng(0))
+    np.testing.assert_array_equal(found.label, labels)
+
+
+def test_one_click_settles_overlaps_by_probability():
+    class Greedy(LikeThePoint):
+        """Class 2's points get all that is bright, with less confidence."""
+
+        def foreground(self, embeddings, prompts):
+            x, y = prompts.points_xy[0, :, 0].round().long().unbind(-1)
+            second = (embeddings[0, 0, y, x] == 2)[:, None, None]
+            return torch.where(second, (embeddings[0] > 0) * 2.0 - 1.0, super().foreground(embeddings, prompts)[0])[
+                None
+            ]
+
+    labels = np.zeros((1, 12, 12), int)
+    labels[0, 2:5, 2:5], labels[0, 6:11, 6:11] = 1, 2
+    found = carry_click(Predictor(Greedy()), case_of(labels), np.random.default_rng(0), keep=[2])
+    np.testing.assert_array_equal(found.label, labels)
+    np.testing.assert_array_equal(found.probabilities[0] > 0.5, labels > 0)  # class 2 on its own
+
+
+def test_one_click_on_a_case_without_foreground():
+    found = carry_click(Predictor(Bright()), case_of(np.zeros((2, 8, 8), int)), np.random.default_rng(0))
+    assert not found.label.any()
+
+
 # ---- the real network
 
 
@@ -140,3 +264,47 @@ def test_bf16_is_near(zero_shot):
     a, b = (p.probabilities(p.embed(image)[0], box) for p in (exact, rough))
     assert b.dtype == np.float32
     assert ((a > 0.5) == (b > 0.5)).mean() > 0.97
+
+
+@pytest.mark.parametrize(("tuning", "mask_prompt"), [("none", True), ("lora", True), ("none", False)])
+def test_clicks_are_one_user_and_the_network_in_turn(build, tuning, mask_prompt):
+    """Two targets, four clicks, against the same written out; with one output and with two."""
+    image = np.full((1, 1, 32, 40), 0.2, np.float32)
+    image[0, 0, 4:14, 5:17], image[0, 0, 18:30, 20:36] = 0.8, 0.6
+    label = np.zeros((1, 32, 40), np.uint8)
+    label[0, 4:14, 5:17], label[0, 18:30, 20:36] = 3, 5
+    predictor = Predictor(build(tuning=tuning))
+    case = CaseSlices(image, label, volume=None)
+    prompting = Prompting("clicks", clicks=4, mask_prompt=mask_prompt)
+    [drawn] = segment_draws(predictor, case, prompting, [np.random.default_rng(1)], [3, 5])
+    assert list(drawn.labels) == [1, 3, 4]
+
+    [embedded], rng = predictor.embed(image), np.random.default_rng(1)
+    targets = label == np.array([3, 5])[:, None, None]
+    clicks = [[(*random_point(target, rng), 1)] for target in targets]
+    before, probabilities = [None, None], np.zeros((4, 2, 32, 40), np.float32)
+    for given in range(4):
+        for k in range(2):  # one at a time, so that no prompt can lean on its neighbour
+            xy = torch.tensor([[[click[:2] for click in clicks[k]]]])
+            points, signs = embedded.frame.point_to_model(xy), torch.tensor([[[click[2] for click in clicks[k]]]])
+            prompts = Prompts(points, signs, masks=before[k] if mask_prompt else None)
+            with torch.no_grad():
+                before[k] = predictor.segmenter.foreground(embedded.embedding, prompts)  # (1, 1, 64, 64)
+            probabilities[given, k] = embedded.frame.from_model(before[k])[0, 0].sigmoid().numpy()
+            clicks[k].append(next_click(probabilities[given, k] > 0.5, targets[k]))
+    for given in (1, 3, 4):
+        np.testing.assert_array_equal(drawn.labels[given][0], merge_classes(probabilities[given - 1], [3, 5]))
+    np.testing.assert_allclose(drawn.probabilities[:, 0], probabilities[-1], atol=2e-3)  # float16
+    assert not np.allclose(probabilities[0], probabilities[-1], atol=0.01)
+
+
+def test_two_outputs_start_at_one_with_mask_prompts_too(build, zero_shot):
+    embedding = zero_shot.embed(torch.rand(1, 3, 64, 64))
+    prompts = Prompts(
+        torch.tensor([[[[20.0, 30.0], [40.0, 12.0]]]]), torch.tensor([[[1, 0]]]), masks=4 * torch.randn(1, 1, 64, 64)
+    )
+    with torch.no_grad():
+        one, two = zero_shot.foreground(embedding, prompts), build().foreground(embedding, prompts)
+        blind = zero_shot.foreground(embedding, Prompts(prompts.points_xy, prompts.point_labels))
+    torch.testing.assert_close(one, two, atol=1e-4, rtol=1e-4)
+    assert (one - blind).abs().max() > 0.1  # the mask was heard

@@ -8,7 +8,18 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from cheaplunch.data.slices import Frame
-from cheaplunch.prompts import Prompts, furthest_point, oracle_prompts, random_point, tight_box, training_points
+from cheaplunch.prompts import (
+    Prompts,
+    SimulatedUser,
+    furthest_point,
+    jitter_box,
+    jitter_point,
+    next_click,
+    oracle_prompts,
+    random_point,
+    tight_box,
+    training_points,
+)
 
 
 def drawing(text: str) -> np.ndarray:
@@ -157,6 +168,134 @@ def test_oracle_points_at_random_follow_the_generator():
 
     assert torch.equal(draw(1), draw(1))
     assert not torch.equal(draw(1), draw(2))
+
+
+# ---- hands that are not exact
+
+
+def test_jitter_reaches_its_bounds_and_stays_in_the_image():
+    rng = np.random.default_rng(0)
+    points = np.array([jitter_point((5.0, 1.0), (8, 20), 3.0, rng) for _ in range(400)])
+    assert points[:, 0].min() >= 2
+    assert points[:, 0].max() <= 8
+    assert np.ptp(points[:, 0]) > 5.8  # of 6
+    assert points[:, 1].min() == 0  # cut off at the image's edge: 1 − 3 would be outside
+    assert points[:, 1].max() <= 4
+
+    boxes = np.array([jitter_box((2.0, 3.0, 17.0, 5.0), (8, 20), 4.0, rng) for _ in range(400)])
+    assert boxes.min(axis=0).tolist() == pytest.approx([0, 0, 17, 5], abs=0.1)  # outward, never inward
+    assert boxes.max(axis=0).tolist() == pytest.approx([2, 3, 19, 7], abs=0.1)
+    assert (boxes[:, 2] == 19).mean() == pytest.approx(0.5, abs=0.1)  # columns 19…21 are outside
+
+
+def test_without_jitter_nothing_is_drawn():
+    rng = np.random.default_rng(0)
+    assert jitter_point((5.0, 1.0), (8, 20), 0.0, rng) == (5, 1)
+    assert jitter_box((2.0, 3.0, 17.0, 5.0), (8, 20), 0.0, rng) == (2, 3, 17, 5)
+    assert rng.random() == np.random.default_rng(0).random()
+
+
+# ---- the simulated user: m is missed, f is too much, # is right; the next click is on the capital letter
+
+
+@pytest.mark.parametrize(
+    ("text", "label"),
+    [
+        # a missed block of 9 against 4 too many: on the target
+        (
+            """
+            # # . f f .
+            # # . f f .
+            . . . . . .
+            m m m . . .
+            m M m . . .
+            m m m . . .
+            . . . . . .
+            """,
+            1,
+        ),
+        # 6 too many against 4 and 4 missed, which touch at a corner only: off the target, all of it alike deep
+        (
+            """
+            m m . . . . .
+            m m . . . . .
+            . . m m . . .
+            . . m m . . .
+            . . . . F f f
+            . . . . f f f
+            """,
+            0,
+        ),
+        # of equal regions the missed one
+        (
+            """
+            f f . . .
+            f f . M m
+            . . . m m
+            """,
+            1,
+        ),
+        # all is missed: as the first point, furthest from the boundary
+        (
+            """
+            . m m m
+            . m M m
+            . m m m
+            . . . .
+            """,
+            1,
+        ),
+    ],
+)
+def test_next_click(text, label):
+    picture = drawing(text)
+    predicted, truth = np.isin(picture, ["#", "f", "F"]), np.isin(picture, ["#", "m", "M"])
+    (row,), (col,) = np.where(np.isin(picture, ["F", "M"]))
+    assert next_click(predicted, truth) == (col, row, label)
+
+
+def test_no_click_where_nothing_is_wrong():
+    truth = np.eye(4, dtype=bool)
+    assert next_click(truth, truth) is None
+    assert next_click(np.zeros((4, 4), bool), np.zeros((4, 4), bool)) is None
+
+
+def test_user_clicks_until_each_target_is_found():
+    targets = np.zeros((2, 9, 9), bool)
+    targets[0, 1:4, 1:4] = True
+    targets[1, 5:8, 5:8] = True
+    user = SimulatedUser(targets, np.random.default_rng(3))
+    for target, [(x, y, label)] in zip(targets, user.clicks, strict=True):
+        assert target[int(y), int(x)]
+        assert label == 1
+    frame = Frame(9, 9, 36)  # fourfold: pixel 2 becomes 4 · 2.5 − 0.5 = 9.5
+    first = user.prompts(frame)
+    assert first.points_xy.shape == (1, 2, 1, 2)
+    assert first.masks is None
+
+    predicted = targets.copy()
+    predicted[0, 1:4, 5:8] = True  # nine too many, around (6, 2)
+    user.look(predicted)
+    assert user.unfinished == [0]  # the other is found
+    logits = torch.randn(1, 18, 18)
+    second = user.prompts(frame, logits)
+    assert second.points_xy.shape == (1, 1, 2, 2)
+    assert second.points_xy[0, 0, 1].tolist() == [25.5, 9.5]
+    assert second.point_labels.tolist() == [[[1, 0]]]
+    assert torch.equal(second.masks, logits[None])
+
+    user.look(np.zeros_like(targets))  # worse for the one that was found: it gets no more clicks
+    assert [len(clicks) for clicks in user.clicks] == [3, 1]
+    assert user.clicks[0][-1] == (2, 2, 1)
+    user.look(targets)
+    assert user.unfinished == []
+
+
+def test_masks_travel_with_their_prompts():
+    masks = torch.arange(8.0).reshape(2, 1, 2, 2)
+    prompts = Prompts(torch.zeros(2, 1, 1, 2), torch.ones(2, 1, 1), masks=masks)
+    assert torch.equal(prompts[1:].masks, masks[1:])
+    assert prompts.to(torch.device("meta")).masks.device.type == "meta"
 
 
 # ---- for training

@@ -30,9 +30,11 @@ def pick_exemplars(index: SliceIndex, count: int, strategy: Strategy, rng: np.ra
     """`count` slices of `index` to learn from; raises UserError where there are not so many to choose from.
 
     The paper takes `most-classes` where there are several classes and `random` where there is one. `auto` is
-    `spread`, which taught more from as few slices on training cases held out (docs/results.md).
+    `spread`, which taught more from as few slices on training cases held out (docs/results.md). A slice with
+    pixels that nobody decided on is never taken.
     """
-    worth = [i for i, area in enumerate(index.area_px.sum(axis=1)) if area >= MIN_FOREGROUND_PX]
+    areas = zip(index.slices, index.area_px.sum(axis=1), strict=True)
+    worth = [i for i, (s, area) in enumerate(areas) if area >= MIN_FOREGROUND_PX and not s.ignored_px]
     if len(worth) < count:
         raise UserError(
             f"--exemplars {count}: only {len(worth)} training slices have {MIN_FOREGROUND_PX} px of foreground; "
@@ -63,11 +65,12 @@ def _spread(index: SliceIndex, worth: Sequence[int], count: int, rng: np.random.
         slices = slices or [i for i in worth if i not in chosen]
         passed = np.cumsum(part[slices])
         chosen.append(slices[int(np.searchsorted(passed, share * passed[-1], side="right"))])
-    shown = index.area_px > 0
+    decided = np.array([not s.ignored_px for s in index.slices])
+    shown = (index.area_px > 0) & decided[:, None]
     for k in np.flatnonzero(shown.any(axis=0) & ~shown[chosen].any(axis=0)):
         times = shown[chosen].sum(axis=0)
         spare = max(range(count), key=lambda n: min(times[shown[chosen[n]]]))
-        chosen[spare] = int(np.argmax(index.area_px[:, k]))
+        chosen[spare] = int(np.argmax(index.area_px[:, k] * decided))
     return chosen
 
 
@@ -119,8 +122,8 @@ def require_every_class(index: SliceIndex, exemplars: Iterable[SliceKey], source
 
 
 def background_slices(index: SliceIndex) -> list[SliceKey]:
-    """Slices none of whose pixels are foreground (§2.1: "without organs or tumors")."""
-    return [_key(area) for area in index.slices if not area.has_foreground]
+    """Slices none of whose pixels are foreground (§2.1: "without organs or tumors"), or may be."""
+    return [_key(area) for area in index.slices if not area.has_foreground and not area.ignored_px]
 
 
 def write_exemplars(path: Path, index: SliceIndex, exemplars: Iterable[SliceKey]) -> None:
@@ -153,6 +156,11 @@ def read_exemplars(path: Path, index: SliceIndex) -> list[SliceKey]:
         if not known[key].has_foreground:
             shows = f"slice {key.slice_number} of {key.case_id} shows no class"
             raise UserError(f"{path}, line {line}: {shows}; leave it out")
+        if known[key].ignored_px:
+            where = f"slice {key.slice_number} of {key.case_id}"
+            raise UserError(
+                f"{path}, line {line}: {where} has pixels labelled to be ignored; label them or leave it out"
+            )
         chosen.append(key)
     if not chosen:
         raise UserError(f"--exemplar-file {path} names no slice; add lines of case,slice")

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and where a user's cache is."""
 
 from __future__ import annotations
 
@@ -11,6 +11,14 @@ from pathlib import Path
 from typing import Any
 
 UNFINISHED = re.compile(r"^\..+\.\d+\.unfinished")
+
+
+def cache_folder() -> Path:
+    """`$CHEAPLUNCH_CACHE`, or `cheaplunch` in the user's cache folder."""
+    base = os.environ.get("CHEAPLUNCH_CACHE")
+    if base:
+        return Path(base)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cheaplunch"
 
 
 @contextmanager

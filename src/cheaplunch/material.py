@@ -13,9 +13,9 @@ from torch import Tensor
 
 from cheaplunch.config import RunConfig
 from cheaplunch.data.cases import CaseSlices, load_case
-from cheaplunch.data.index import SliceIndex, index_slices
+from cheaplunch.data.index import Progress, SliceIndex, in_order, index_slices
 from cheaplunch.data.layouts import Case, Dataset, open_dataset
-from cheaplunch.data.slices import Frame, Window, default_window
+from cheaplunch.data.slices import Axis, Frame, Window, default_window
 from cheaplunch.errors import UserError
 from cheaplunch.exemplars import SliceKey, background_slices, pick_exemplars, read_exemplars, require_every_class
 from cheaplunch.models.backbones import get_backbone
@@ -74,11 +74,11 @@ def _cases_named(file: Path | None) -> set[str]:
         return {row.get("case") or "" for row in csv.DictReader(lines)}
 
 
-def choose_exemplars(config: RunConfig) -> tuple[Dataset, SliceIndex, list[SliceKey]]:
-    """Reads and checks every training case, and picks the exemplars or reads the user's list of them."""
+def choose_exemplars(config: RunConfig, progress: Progress | None = None) -> tuple[Dataset, SliceIndex, list[SliceKey]]:
+    """Indexes every training case, which checks it too, and picks the exemplars or reads the user's list of them."""
     dataset = open_dataset(config.data.data)
     training, _ = split_validation(config, dataset)
-    index = index_slices(dataset, training, config.data.axis)
+    index = index_slices(dataset, training, config.data.axis, progress)
     file, count = config.data.exemplar_file, config.data.exemplars
     if file is not None:
         exemplars = read_exemplars(file, index)
@@ -89,9 +89,9 @@ def choose_exemplars(config: RunConfig) -> tuple[Dataset, SliceIndex, list[Slice
     return dataset, index, exemplars
 
 
-def prepare(config: RunConfig) -> Material:
-    """Chooses the exemplars and backgrounds and loads them into the network's frame."""
-    dataset, index, exemplars = choose_exemplars(config)
+def prepare(config: RunConfig, progress: Progress | None = None) -> Material:
+    """Chooses the exemplars and backgrounds and loads them into the network's frame; `progress` is the index's."""
+    dataset, index, exemplars = choose_exemplars(config, progress)
     cases = {case.id: case for case in dataset.split("train")}
     free = background_slices(index)
     if len(free) > MAX_BACKGROUNDS:
@@ -99,17 +99,14 @@ def prepare(config: RunConfig) -> Material:
         free = [free[i] for i in sorted(rng.choice(len(free), MAX_BACKGROUNDS, replace=False))]
 
     window = pick_window(config, dataset)
-    loaded: dict[str, CaseSlices] = {}
-    for key in (*exemplars, *free):
-        if key.case_id not in loaded:
-            loaded[key.case_id] = load_case(cases[key.case_id], dataset, window, config.data.axis)
-    size = config.model.image_size or _image_size(config, loaded.values())
+    slices = _load_slices([*exemplars, *free], cases, dataset, window, config.data.axis)
+    size = config.model.image_size or _image_size(config, [image for image, _ in slices.values()])
     numbers = list(dataset.labels.values())
-    images, labels, sizes = _in_frame(exemplars, loaded, size, numbers)
+    images, labels, sizes = _in_frame(exemplars, slices, size, numbers)
     # Beyond the body a volume can have slices that show nothing: no background to learn from.
-    free = [key for key in free if _shows_something(loaded[key.case_id].image[key.slice_number])]
+    free = [key for key in free if _shows_something(slices[key][0])]
     if free:
-        backgrounds, _, background_sizes = _in_frame(free, loaded, size, numbers)
+        backgrounds, _, background_sizes = _in_frame(free, slices, size, numbers)
     else:
         backgrounds, background_sizes = fill_foreground(images, labels, sizes), sizes
     pool = Pool(images, labels, backgrounds, sizes, background_sizes, len(numbers), backgrounds_filled=not free)
@@ -134,21 +131,39 @@ def _shows_something(image: np.ndarray) -> bool:
     return bool((image > 0.05).any(axis=0).mean() > 0.05)
 
 
-def _image_size(config: RunConfig, cases: Iterable[CaseSlices]) -> int:
-    """What the backbone trains at: half of it where every image is small."""
+Slices = dict[SliceKey, tuple[np.ndarray, np.ndarray]]  # (C, H, W) float32 in [0, 1], (H, W) label numbers
+
+
+def _load_slices(keys: list[SliceKey], cases: dict[str, Case], dataset: Dataset, window: Window, axis: Axis) -> Slices:
+    """Reads every case that is needed once, a few at a time, and keeps of it the slices that are."""
+    wanted: dict[str, list[SliceKey]] = {}
+    for key in keys:
+        wanted.setdefault(key.case_id, []).append(key)
+
+    def load(id_: str) -> Slices:
+        case = load_case(cases[id_], dataset, window, axis)
+        if case.label is None:
+            raise ValueError(f"{id_} has no label")  # the index takes labelled cases only
+        return {key: (case.image[key.slice_number].copy(), case.label[key.slice_number].copy()) for key in wanted[id_]}
+
+    slices: Slices = {}
+    for found in in_order(load, list(wanted)):
+        slices |= found
+    return slices
+
+
+def _image_size(config: RunConfig, images: Iterable[np.ndarray]) -> int:
+    """What the backbone trains at: half of it where every image (C, H, W) is small."""
     full = get_backbone(config.model.backbone).training_size_px
-    longest = max(max(case.image.shape[-2:]) for case in cases)
+    longest = max(max(image.shape[-2:]) for image in images)
     return full // 2 if longest <= SMALL_IMAGE_PX else full
 
 
-def _in_frame(
-    keys: list[SliceKey], loaded: dict[str, CaseSlices], size: int, numbers: list[int]
-) -> tuple[Tensor, Tensor, Tensor]:
+def _in_frame(keys: list[SliceKey], slices: Slices, size: int, numbers: list[int]) -> tuple[Tensor, Tensor, Tensor]:
     """Slices in the network's square (N, C, size, size), labels (N, size, size) as class 1…K, and width and height."""
     images, labels, sizes = [], [], []
     for key in keys:
-        case = loaded[key.case_id]
-        image, label = case.image[key.slice_number], case.label[key.slice_number]  # type: ignore[index]
+        image, label = slices[key]
         height, width = image.shape[-2:]
         frame = Frame(height, width, size)
         classes = np.zeros(256, np.uint8)

@@ -1,4 +1,4 @@
-"""Predictor: embed a slice once, prompt it many times; and a whole volume from prompts drawn on its slices."""
+"""Predictor: embed a slice once, prompt it many times; and a whole volume from prompts drawn from its truth."""
 
 from __future__ import annotations
 
@@ -9,14 +9,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cheaplunch.config import PromptKind
+from cheaplunch.config import Prompting, PromptKind
 from cheaplunch.data.cases import CaseSlices
 from cheaplunch.data.slices import Frame, as_rgb
 from cheaplunch.models.segmenter import Segmenter
-from cheaplunch.prompts import Prompts, oracle_prompts
+from cheaplunch.prompts import Prompts, SimulatedUser, furthest_point, jitter_point, oracle_prompts
 from cheaplunch.runtime import Precision, autocast
 
 ENCODED_AT_ONCE = 4  # slices; more would not be faster on a CPU
+REPORTED_CLICKS = (1, 3, 5, 10)
+CARRIED_SHARE = 0.05  # of the area of the mask under the user's click; a smaller mask is not carried further
+CARRIED_IOU = 0.4  # with the mask on the slice before; a mask that overlaps it less is not taken (docs/prompts.md)
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,9 +57,18 @@ class Predictor:
     @torch.inference_mode()
     def probabilities(self, embedded: Embedded, prompts: Prompts) -> np.ndarray:
         """P prompts on one slice → (P, H, W) probability of each target, on the slice's own pixels."""
+        return on_slice(embedded, self.logits(embedded, prompts))
+
+    @torch.inference_mode()
+    def logits(self, embedded: Embedded, prompts: Prompts) -> Tensor:
+        """P prompts on one slice → (P, s, s) as the network gives them, and takes them back as `Prompts.masks`."""
         with autocast(self.device, self._precision):
-            logits = self.segmenter.foreground(embedded.embedding, prompts.to(self.device))
-        return embedded.frame.from_model(logits[0]).sigmoid().cpu().numpy()
+            return self.segmenter.foreground(embedded.embedding, prompts.to(self.device))[0]
+
+
+def on_slice(embedded: Embedded, logits: Tensor) -> np.ndarray:
+    """(P, s, s) logits on the network's square → (P, H, W) probabilities on the slice's own pixels."""
+    return embedded.frame.from_model(logits).sigmoid().cpu().numpy()
 
 
 def merge_classes(probabilities: np.ndarray, numbers: Sequence[int]) -> np.ndarray:
@@ -66,6 +78,21 @@ def merge_classes(probabilities: np.ndarray, numbers: Sequence[int]) -> np.ndarr
     return np.where(probabilities.max(axis=0) > 0.5, label, 0).astype(np.uint8)
 
 
+@dataclass(frozen=True, eq=False)
+class Segmentation:
+    """What a model makes of a case from one draw of prompts."""
+
+    labels: dict[int, np.ndarray]
+    """Clicks given → label map (N, H, W) uint8 of the dataset's numbers, in ascending order; 1 for all else."""
+    probabilities: np.ndarray
+    """(K, N, H, W) float16 of the K classes asked for, each on its own; 0 where a class was not prompted or taken."""
+
+    @property
+    def label(self) -> np.ndarray:
+        """The final one."""
+        return self.labels[max(self.labels)]
+
+
 def segment_with_oracle(
     predictor: Predictor,
     case: CaseSlices,
@@ -73,20 +100,180 @@ def segment_with_oracle(
     rng: np.random.Generator,
     box_margin_px: float = 0.0,
 ) -> np.ndarray:
-    """Label map (N, H, W) of a labelled case, each class of each slice prompted from the truth.
+    """Label map (N, H, W) of a labelled case from one draw of prompts: `segment_draws`, in short."""
+    [drawn] = segment_draws(predictor, case, Prompting(kind, box_margin_px=box_margin_px), [rng])
+    return drawn.label
 
-    The prompts also tell which classes a slice has: slices without any stay empty. So do results say.
+
+def segment_draws(
+    predictor: Predictor,
+    case: CaseSlices,
+    prompting: Prompting,
+    rngs: Sequence[np.random.Generator],
+    keep: Sequence[int] = (),
+) -> list[Segmentation]:
+    """A labelled case, prompted from its truth once with each of `rngs`; probabilities of the classes `keep` are kept.
+
+    The prompts also tell which classes a slice has: slices without any stay empty, and are not looked at. So do
+    results say. With one-click they tell it of the volume alone (`carry_click`).
     """
-    truth = case.label
-    if truth is None:
-        raise ValueError("prompts are drawn from the truth: the case needs a label")
-    prediction = np.zeros(truth.shape, np.uint8)
+    truth = _truth(case)
+    if prompting.kind == "one-click":
+        return [carry_click(predictor, case, rng, prompting.point_jitter_px, keep) for rng in rngs]
+    drawn = [
+        Segmentation(
+            {clicks: np.zeros(truth.shape, np.uint8) for clicks in reported_clicks(prompting)},
+            np.zeros((len(keep), *truth.shape), np.float16),
+        )
+        for _ in rngs
+    ]
     shown = [number for number in range(len(truth)) if truth[number].any()]
     for start in range(0, len(shown), ENCODED_AT_ONCE):
         chunk = shown[start : start + ENCODED_AT_ONCE]
         for number, embedded in zip(chunk, predictor.embed(case.image[chunk]), strict=True):
-            classes = [int(value) for value in np.unique(truth[number]) if value]
+            classes = _classes(truth[number])
             masks = truth[number] == np.array(classes)[:, None, None]  # (P, H, W)
-            prompts = oracle_prompts(kind, masks, embedded.frame, rng, box_margin_px)
-            prediction[number] = merge_classes(predictor.probabilities(embedded, prompts), classes)
-    return prediction
+            decided = np.ones(masks.shape[1:], bool) if case.ignore is None else ~case.ignore[number]  # (H, W)
+            for segmentation, rng in zip(drawn, rngs, strict=True):
+                if prompting.kind == "clicks":
+                    answers = _answer_clicks(predictor, embedded, masks, decided, prompting, rng)
+                else:
+                    answers = {1: _answer_once(predictor, embedded, masks, prompting, rng)}
+                for clicks, probabilities in answers.items():
+                    segmentation.labels[clicks][number] = merge_classes(probabilities, classes)
+                final = dict(zip(classes, answers[prompting.clicks], strict=True))
+                _keep(segmentation.probabilities, keep, number, final)
+    return drawn
+
+
+def reported_clicks(prompting: Prompting) -> list[int]:
+    """After how many clicks a result is looked at; the last is the result that counts. [1] for all but clicks."""
+    return [clicks for clicks in REPORTED_CLICKS if clicks < prompting.clicks] + [prompting.clicks]
+
+
+def _answer_once(
+    predictor: Predictor, embedded: Embedded, masks: np.ndarray, prompting: Prompting, rng: np.random.Generator
+) -> np.ndarray:
+    """(P, H, W) probability of each of the targets `masks`, from one point or box each."""
+    px = (prompting.box_margin_px, prompting.point_jitter_px, prompting.box_jitter_px)
+    return predictor.probabilities(embedded, oracle_prompts(prompting.kind, masks, embedded.frame, rng, *px))
+
+
+def _answer_clicks(
+    predictor: Predictor,
+    embedded: Embedded,
+    masks: np.ndarray,
+    decided: np.ndarray,
+    prompting: Prompting,
+    rng: np.random.Generator,
+) -> dict[int, np.ndarray]:
+    """Clicks given → (P, H, W) probability of each of the targets `masks`, in ascending order.
+
+    The simulated user and the network in turn; after the first click the network also sees its last logits, unless
+    `prompting` says otherwise. The user does not see what is predicted where nothing is `decided` (H, W).
+    """
+    user = SimulatedUser(masks, rng, prompting.point_jitter_px)
+    probabilities = np.zeros(masks.shape, np.float32)
+    last, answers, reported = None, {}, reported_clicks(prompting)
+    for clicks in range(1, prompting.clicks + 1):
+        before = user.unfinished
+        if clicks > 1:
+            user.look((probabilities > 0.5) & decided)
+        if user.unfinished:
+            shown = None
+            if last is not None and prompting.mask_prompt:
+                shown = last[[before.index(target) for target in user.unfinished]]
+            # Those unfinished have as many clicks each: a padding point would take part in the attention.
+            last = predictor.logits(embedded, user.prompts(embedded.frame, shown))  # (U, s, s)
+            probabilities[user.unfinished] = on_slice(embedded, last)
+        if clicks in reported:
+            answers[clicks] = probabilities.copy()
+    return answers
+
+
+def carry_click(
+    predictor: Predictor,
+    case: CaseSlices,
+    rng: np.random.Generator,
+    jitter_px: float = 0.0,
+    keep: Sequence[int] = (),
+) -> Segmentation:
+    """A case from one point a class: of the truth, which classes the volume has and one pixel of each.
+
+    The user clicks on the slice with the class's largest area (the first of equals), furthest from its boundary. Its
+    neighbours, and theirs in turn, are prompted by the point furthest from the boundary of the mask that the network
+    gave the class on the slice before, before classes are merged. A network that was trained with points on the target
+    finds something wherever it is pointed at, so that a class does not end by itself: in each direction it ends at the
+    volume's end, before a mask that is empty or overlaps the one before by less than CARRIED_IOU, or after one that is
+    smaller than CARRIED_SHARE of the first. Every slice is embedded once.
+    """
+    truth = _truth(case)
+    classes = _classes(truth)
+    probabilities = np.zeros((len(keep), *truth.shape), np.float16)
+    label, best = np.zeros(truth.shape, np.uint8), np.full(truth.shape, 0.5, np.float32)
+    result = Segmentation({1: label}, probabilities)
+    if not classes:
+        return result
+    home = {k: int((truth == k).sum(axis=(1, 2)).argmax()) for k in classes}  # class → slice of its click
+    first, last = min(home.values()), max(home.values())
+    embedded_between: dict[int, Embedded] = {}  # what both directions may pass
+
+    def ask(
+        number: int, points: dict[int, tuple[float, float]], before: dict[int, np.ndarray]
+    ) -> dict[int, np.ndarray]:
+        """Class → its mask (H, W) on slice `number`, from a point on it; only those like `before`'s, where it has one.
+
+        They are merged into the result.
+        """
+        embedded = embedded_between.get(number) or predictor.embed(case.image[number : number + 1])[0]
+        if first <= number <= last:
+            embedded_between[number] = embedded
+        points_xy = torch.tensor([list(points.values())], dtype=torch.float64)  # (1, P, 2)
+        prompts = Prompts.of_points(embedded.frame.point_to_model(points_xy).float())
+        found = dict(zip(points, predictor.probabilities(embedded, prompts), strict=True))
+        found = {k: p for k, p in found.items() if k not in before or _iou(p > 0.5, before[k]) >= CARRIED_IOU}
+        _keep(probabilities, keep, number, found)
+        for k, probability in found.items():
+            likelier = probability > best[number]
+            label[number][likelier] = k
+            best[number][likelier] = probability[likelier]
+        return {k: probability > 0.5 for k, probability in found.items()}
+
+    clicks = {
+        k: jitter_point(furthest_point(truth[number] == k), truth.shape[1:], jitter_px, rng)
+        for k, number in home.items()
+    }
+    clicked: dict[int, np.ndarray] = {}  # class → its mask under the user's click
+    for number in sorted(set(home.values())):
+        clicked |= ask(number, {k: clicks[k] for k in classes if home[k] == number}, {})
+    smallest = {k: max(1, CARRIED_SHARE * mask.sum()) for k, mask in clicked.items()}
+    for ahead, numbers in ((1, range(first + 1, len(truth))), (-1, range(last - 1, -1, -1))):
+        carried: dict[int, np.ndarray] = {}
+        for number in numbers:
+            carried |= {k: mask for k, mask in clicked.items() if home[k] == number - ahead}
+            points = {k: furthest_point(mask) for k, mask in carried.items() if mask.sum() >= smallest[k]}
+            carried = ask(number, points, carried) if points else {}
+    return result
+
+
+def _truth(case: CaseSlices) -> np.ndarray:
+    if case.label is None:
+        raise ValueError("prompts are drawn from the truth: the case needs a label")
+    return case.label
+
+
+def _classes(truth: np.ndarray) -> list[int]:
+    """The numbers in a label map, in ascending order, without background."""
+    return [int(value) for value in np.unique(truth) if value]
+
+
+def _iou(mask: np.ndarray, other: np.ndarray) -> float:
+    """Of two masks (H, W), the second of them not empty."""
+    return np.count_nonzero(mask & other) / np.count_nonzero(mask | other)
+
+
+def _keep(kept: np.ndarray, keep: Sequence[int], number: int, found: dict[int, np.ndarray]) -> None:
+    """Writes what was `found`, class → probability (H, W), on slice `number` into `kept` (K, N, H, W)."""
+    for place, k in enumerate(keep):
+        if k in found:
+            kept[place, number] = found[k]

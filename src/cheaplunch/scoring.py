@@ -1,27 +1,31 @@
-"""A model over the test cases: predict, write the masks, score them by a protocol."""
+"""A model, or masks from anywhere, over the test cases: predict, write the masks, score them by protocols."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from cheaplunch import processes
-from cheaplunch.config import PromptKind, RunConfig
-from cheaplunch.data.cases import load_case
-from cheaplunch.data.layouts import Dataset, open_dataset
+from cheaplunch.config import Prompting, RunConfig
+from cheaplunch.data.cases import load_case, read_checked
+from cheaplunch.data.layouts import Case, Dataset, open_dataset
 from cheaplunch.data.slices import Window, from_slices
-from cheaplunch.data.volume import write_mask
+from cheaplunch.data.volume import SUFFIXES, Volume, read_label, write_mask
 from cheaplunch.errors import UserError
-from cheaplunch.evaluation.protocols import score_labels
+from cheaplunch.evaluation.protocols import Score, find_protocol, score_labels
 from cheaplunch.evaluation.tables import CaseScore, summarise
 from cheaplunch.material import pick_window
 from cheaplunch.models.segmenter import Segmenter
-from cheaplunch.prediction import Predictor, segment_with_oracle
+from cheaplunch.prediction import Predictor, segment_draws
 from cheaplunch.runtime import Precision
 from cheaplunch.synthesis import derive_seed
+
+Progress = Callable[[int, int], None]
+"""Is told (cases done, of how many) of this process."""
 
 
 @dataclass(frozen=True)
@@ -29,12 +33,37 @@ class Assessment:
     """How a model is put to the test."""
 
     data: Path
-    prompts: PromptKind = "furthest"
-    protocol: str = "strict"
-    box_margin_px: float = 0.0
+    prompting: Prompting = Prompting()
+    protocols: tuple[str, ...] = ("strict",)
+    """All are of the same predictions."""
+    draws: int = 1
+    """Of the prompts; the figures are the mean over them."""
     nsd_tolerance: float = 2.0
     """mm under `strict`, voxels under `paper`."""
     seed: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """A case with what is to be scored of it, all in the order of `Volume.array`."""
+
+    volume: Volume
+    truth: np.ndarray
+    """(Z, Y, X) label numbers, the dataset's `ignore` among them."""
+    labels: list[dict[int, np.ndarray]]
+    """For each draw, clicks given → label map (Z, Y, X)."""
+    probabilities: list[dict[int, np.ndarray]]
+    """For each draw, label number → (Z, Y, X) in 0..1 of what the last click gave; empty where none was kept."""
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A score, and of what."""
+
+    protocol: str
+    draw: int
+    clicks: int
+    case: CaseScore
 
 
 def open_for_scoring(config: RunConfig, assessment: Assessment) -> tuple[Dataset, Window]:
@@ -54,54 +83,186 @@ def assess(
     assessment: Assessment,
     precision: Precision,
     masks: Path,
-    progress: Callable[[int, int], None] | None = None,
-) -> dict:
-    """Predicts every labelled test case into `masks` and returns the JSON of DESIGN §1.
+    progress: Progress | None = None,
+) -> dict[str, dict]:
+    """Predicts every labelled test case into `masks`; protocol → the JSON of DESIGN §1.
 
-    Scores are of the merged label maps as written. Under `accelerate launch` or `torchrun` the processes share the
-    cases and each returns the whole. `progress` is told (cases done, of how many) of this process.
+    Scores are of the merged label maps as written; of several draws of prompts the first is. Under `accelerate launch`
+    or `torchrun` the processes share the cases and each returns the whole.
     """
     dataset, window = open_for_scoring(config, assessment)
+    predictor = Predictor(segmenter, precision)
+    axis = config.data.axis
+    needed = any(find_protocol(name).needs_probabilities for name in assessment.protocols)
+    keep = list(dataset.labels.values()) if needed else []
+
+    def predict(case: Case) -> Answer:
+        loaded = load_case(case, dataset, window, axis)
+        rngs = [np.random.default_rng(_prompt_seed(assessment, case, draw)) for draw in range(assessment.draws)]
+        drawn = segment_draws(predictor, loaded, assessment.prompting, rngs, keep)
+        masks.mkdir(parents=True, exist_ok=True)
+        write_mask(from_slices(drawn[0].label, axis), loaded.volume, masks / case.mask_name)
+        truth: np.ndarray = loaded.label  # pyright: ignore[reportAssignmentType]
+        if loaded.ignore is not None and dataset.ignore is not None:
+            truth = np.where(loaded.ignore, dataset.ignore, truth)
+        return Answer(
+            loaded.volume,
+            from_slices(truth, axis),
+            [{clicks: from_slices(label, axis) for clicks, label in one.labels.items()} for one in drawn],
+            [{k: from_slices(p, axis) for k, p in zip(keep, one.probabilities, strict=True)} for one in drawn],
+        )
+
+    about = {"backbone": config.model.backbone, "method": config.method}
+    return _score(dataset, assessment, predict, about, predictor.device.type == "cpu", progress)
+
+
+def assess_predictions(
+    folder: Path, name: str, assessment: Assessment, progress: Progress | None = None
+) -> dict[str, dict]:
+    """Masks that another tool, called `name`, made of the labelled test cases: protocol → the JSON of DESIGN §1.
+
+    Each is found by its case's id with any ending that is read. UserError names the file that is missing, lies on
+    another grid than its image, or holds a number that no class has.
+    """
+    if not folder.is_dir():
+        raise UserError(f"--predictions {folder}: no such folder; give the one with a mask for each test case")
+    dataset = open_dataset(assessment.data)
+
+    def read(case: Case) -> Answer:
+        volume, truth = read_checked(case, dataset, "axial")
+        path = find_mask(folder, case)
+        label = read_label(path, volume)
+        unknown = sorted(set(np.unique(label).tolist()) - {0, *dataset.labels.values()})
+        if unknown:
+            raise UserError(f"{path} has values {unknown} that are no class of --data {assessment.data}; renumber them")
+        return Answer(volume, truth, [{assessment.prompting.clicks: label}], [{}])  # pyright: ignore[reportArgumentType]
+
+    return _score(dataset, assessment, read, {"backbone": "none", "method": name}, True, progress)
+
+
+def find_mask(folder: Path, case: Case) -> Path:
+    """The one file in `folder` that is named as the case, with any ending that is read."""
+    names = dict.fromkeys([case.mask_name, *(case.id + suffix for suffix in SUFFIXES)])
+    found = [folder / name for name in names if (folder / name).is_file()]
+    if not found:
+        raise UserError(f"{folder / case.mask_name} is missing: there is no mask of test case {case.id}")
+    if len(found) > 1:
+        raise UserError(f"{folder} has {found[0].name} and {found[1].name} for one case; leave one")
+    return found[0]
+
+
+def _score(
+    dataset: Dataset,
+    assessment: Assessment,
+    answer: Callable[[Case], Answer],
+    about: Mapping[str, Any],
+    on_cpu: bool,
+    progress: Progress | None,
+) -> dict[str, dict]:
+    """Asks for every labelled test case, shared among the processes, and scores it under each protocol."""
     cases = [case for case in dataset.split("test") if case.label is not None]
     if not cases:
         raise UserError(f"--data {assessment.data} has no labelled test case; add imagesTs and labelsTs")
-    predictor = Predictor(segmenter, precision)
-    masks.mkdir(parents=True, exist_ok=True)
-    on_cpu = predictor.device.type == "cpu"
     group = processes.join(on_cpu)
     mine = cases[group.process_index :: group.num_processes]
-    rows: list[CaseScore] = []
+    rows: list[_Row] = []
     unit = "mm"
     for done, case in enumerate(mine, start=1):
-        loaded = load_case(case, dataset, window, config.data.axis)
-        rng = np.random.default_rng(derive_seed(assessment.seed, "prompts", case.id))
-        predicted = segment_with_oracle(predictor, loaded, assessment.prompts, rng, assessment.box_margin_px)
-        predicted = from_slices(predicted, config.data.axis)  # (Z, Y, X)
-        truth = from_slices(loaded.label, config.data.axis)  # pyright: ignore[reportArgumentType]
-        write_mask(predicted, loaded.volume, masks / case.mask_name)
-        scores = score_labels(
-            predicted,
-            truth,
-            dataset.labels,
-            loaded.volume.spacing,
-            protocol=assessment.protocol,
-            nsd_tolerance=assessment.nsd_tolerance,
-        )
-        unit = loaded.volume.unit
-        rows += [CaseScore(case.id, name, score) for name, score in scores.items()]
+        answered = answer(case)
+        unit = answered.volume.unit
+        rows += _rows(case, dataset, answered, assessment)
         if progress is not None:
             progress(done, len(mine))
     place = {case.id: number for number, case in enumerate(cases)}
-    rows = sorted(processes.gather(rows, on_cpu), key=lambda row: place[row.case_id])
-    return summarise(
-        rows,
-        protocol=assessment.protocol,
-        prompts=assessment.prompts,
-        oracle_prompts=True,
-        backbone=config.model.backbone,
-        method=config.method,
-        unit=unit,
-        nsd_tolerance=assessment.nsd_tolerance,
-        patients={case.id: case.patient for case in cases},
-        rng=np.random.default_rng(derive_seed(assessment.seed, "bootstrap")),
-    )
+    rows = sorted(processes.gather(rows, on_cpu), key=lambda row: place[row.case.case_id])
+    said = {
+        **about,
+        "prompts": str(assessment.prompting),
+        "oracle_prompts": assessment.prompting.from_truth,
+        "present_classes_only": assessment.prompting.tells_presence,
+        "unit": unit,
+        "nsd_tolerance": assessment.nsd_tolerance,
+        "patients": {case.id: case.patient for case in cases},
+    }
+    return {
+        protocol: _summary([row for row in rows if row.protocol == protocol], protocol, assessment, said)
+        for protocol in assessment.protocols
+    }
+
+
+def _rows(case: Case, dataset: Dataset, answered: Answer, assessment: Assessment) -> list[_Row]:
+    """Every class of a case under every protocol, in every draw, after each number of clicks."""
+    rows = []
+    for draw, (labels, probabilities) in enumerate(zip(answered.labels, answered.probabilities, strict=True)):
+        for protocol in assessment.protocols:
+            needed = find_protocol(protocol).needs_probabilities
+            for clicks, label in labels.items():
+                if needed and clicks < max(labels):
+                    continue  # only the last ones are kept
+                scores = score_labels(
+                    label,
+                    answered.truth,
+                    dataset.scored,
+                    answered.volume.spacing,
+                    protocol=protocol,
+                    nsd_tolerance=assessment.nsd_tolerance,
+                    ignore=dataset.ignore,
+                    probabilities=_of_scored(probabilities, dataset) if needed and probabilities else None,
+                )
+                rows += [_Row(protocol, draw, clicks, CaseScore(case.id, name, s)) for name, s in scores.items()]
+    return rows
+
+
+def _of_scored(probabilities: Mapping[int, np.ndarray], dataset: Dataset) -> dict[str, np.ndarray]:
+    """Class or region → (Z, Y, X); a region is as likely as the likeliest of its labels."""
+    members = {name: label if isinstance(label, tuple) else (label,) for name, label in dataset.scored.items()}
+    return {name: np.maximum.reduce([probabilities[k] for k in some]) for name, some in members.items()}
+
+
+def _summary(rows: Sequence[_Row], protocol: str, assessment: Assessment, said: Mapping[str, Any]) -> dict:
+    """The JSON of one protocol: the mean over draws, after the last click; with spread, and Dice by clicks."""
+    prompting = assessment.prompting
+
+    def figures(some: Sequence[_Row]) -> dict:
+        rng = np.random.default_rng(derive_seed(assessment.seed, "bootstrap"))
+        return summarise(_over_draws(some), protocol=protocol, rng=rng, **said)
+
+    final = [row for row in rows if row.clicks == prompting.clicks]
+    result = figures(final)
+    result |= {name: value for name, value in asdict(prompting).items() if name.endswith("_px") and value}
+    if prompting.clicks > 1:
+        result["mask_prompt"] = prompting.mask_prompt
+    if assessment.draws > 1:
+        means = [figures([row for row in final if row.draw == draw])["mean"] for draw in range(assessment.draws)]
+        dice = [mean["dice"] for mean in means if mean["dice"] is not None]
+        result["draws"] = means
+        result["spread"] = {"dice": float(np.std(dice, ddof=1)) if len(dice) > 1 else None}
+    if prompting.kind == "clicks":
+        result["by_clicks"] = {
+            str(clicks): figures([row for row in rows if row.clicks == clicks])["mean"]["dice"]
+            for clicks in sorted({row.clicks for row in rows})
+        }
+    return result
+
+
+def _over_draws(rows: Sequence[_Row]) -> list[CaseScore]:
+    """Each case's and class's mean over draws; a figure that is undefined in some draws is the mean of the others."""
+    drawn: dict[tuple[str, str], list[Score]] = {}
+    for row in rows:
+        drawn.setdefault((row.case.case_id, row.case.class_name), []).append(row.case.score)
+    return [CaseScore(*key, _mean_score(scores)) for key, scores in drawn.items()]
+
+
+def _mean_score(scores: Sequence[Score]) -> Score:
+    if len(scores) == 1:
+        return scores[0]
+    figures = {}
+    for name in asdict(scores[0]):
+        defined = [value for score in scores if (value := getattr(score, name)) is not None]
+        figures[name] = float(np.mean(defined)) if defined else None
+    return Score(**figures)
+
+
+def _prompt_seed(assessment: Assessment, case: Case, draw: int) -> int:
+    """The first draw does not depend on how many there are."""
+    return derive_seed(assessment.seed, "prompts", case.id, *([draw] if draw else []))

@@ -41,7 +41,12 @@ class Segmenter(nn.Module):
         H and W are four times the embedding's. The batch stays B: every image has its own P prompts.
         """
         masks, _ = self.network.decode(
-            embeddings, prompts.points_xy, prompts.point_labels, prompts.boxes_xyxy, multimask=self.head == "two"
+            embeddings,
+            prompts.points_xy,
+            prompts.point_labels,
+            prompts.boxes_xyxy,
+            prompts.masks,
+            multimask=self.head == "two",
         )
         return masks[:, :, :2].float()
 

@@ -24,7 +24,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from huggingface_hub.utils import logging as hub_logging
 
 from cheaplunch.errors import UserError
-from cheaplunch.files import whole_or_nothing, write_text
+from cheaplunch.files import cache_folder, whole_or_nothing, write_text
 
 Check = Callable[[Path], None]
 """Raises UserError where the tensors of a file do not fit the network that it is meant for."""
@@ -46,14 +46,6 @@ class Source(Protocol):
     def advice(self, name: str) -> str:
         """What to do where there is none."""
         ...
-
-
-def cache_folder() -> Path:
-    """`$CHEAPLUNCH_CACHE`, or `cheaplunch` in the user's cache folder."""
-    base = os.environ.get("CHEAPLUNCH_CACHE")
-    if base:
-        return Path(base)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cheaplunch"
 
 
 def check_hash(path: Path, expected: str, shown: Path | None = None) -> None:
