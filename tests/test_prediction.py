@@ -7,7 +7,8 @@ import torch
 from cheaplunch.config import Prompting
 from cheaplunch.data.cases import CaseSlices
 from cheaplunch.data.slices import Frame, as_rgb
-from cheaplunch.prediction import Predictor, carry_click, merge_classes, segment_draws, segment_with_oracle
+from cheaplunch.merging import Segmentation, merge_classes, smooth_across
+from cheaplunch.prediction import Predictor, carry_click, segment_draws, segment_with_oracle
 from cheaplunch.prompts import Prompts, next_click, random_point
 
 
@@ -308,3 +309,27 @@ def test_two_outputs_start_at_one_with_mask_prompts_too(build, zero_shot):
         blind = zero_shot.foreground(embedding, Prompts(prompts.points_xy, prompts.point_labels))
     torch.testing.assert_close(one, two, atol=1e-4, rtol=1e-4)
     assert (one - blind).abs().max() > 0.1  # the mask was heard
+
+
+def test_slices_steady_each_other_within_three_standard_deviations():
+    def logit(p):
+        return np.log(p / (1 - p))
+
+    one = {number: {7: np.full((1, 1), p)} for number, p in {0: 0.9, 1: 0.2, 2: 0.9, 9: 0.2}.items()}
+    smoothed = dict(smooth_across(one, step_mm=1.0, smooth_mm=0.5))  # reaches one slice: exp(-2) = 0.135
+    w = np.exp(-2)
+    expected = (logit(0.2) + 2 * w * logit(0.9)) / (1 + 2 * w)
+    assert logit(smoothed[1][7].item()) == pytest.approx(expected)
+    assert logit(smoothed[0][7].item()) == pytest.approx((logit(0.9) + w * logit(0.2)) / (1 + w))
+    assert smoothed[9][7].item() == pytest.approx(0.2)  # nobody near
+    for step_mm, smooth_mm in ((2.0, 0.5), (None, 0.5), (1.0, 0.0)):  # too far, a picture, switched off
+        assert dict(smooth_across(one, step_mm, smooth_mm)) == one
+
+
+def test_only_slices_on_which_the_class_was_prompted_steady_it():
+    found = {0: {1: np.array([[0.9]])}, 1: {2: np.array([[0.6]])}, 2: {1: np.array([[0.9]]), 2: np.array([[0.6]])}}
+    smoothed = dict(smooth_across(found, 1.0, 0.4))
+    assert smoothed[1].keys() == {2} and smoothed[1][2].item() == pytest.approx(0.6)
+    assert smoothed[0].keys() == {1}
+    label = Segmentation.of({1: found}, (3, 1, 1), keep=[1], step_mm=1.0, smooth_mm=0.4)
+    assert label.label.ravel().tolist() == [1, 2, 1] and label.probabilities.shape == (1, 3, 1, 1)

@@ -308,9 +308,9 @@ def _assessment(options: Namespace) -> Assessment:
         find_protocol(name)
     foreign = options.predictions is not None
     if foreign:
-        of_models = ("backbone", "weights", "image_size", "axis", "window", "device", "precision", "save_masks")
+        of_models = ("backbone", "weights", "image_size", "axis", "window", "smooth_mm", "device", "precision")
         of_prompts = ("box_margin", "point_jitter", "box_jitter", "no_mask_prompt")
-        given = [name for name in of_models if getattr(options, name) is not None]
+        given = [name for name in (*of_models, "save_masks") if getattr(options, name) is not None]
         given += [name for name in of_prompts if getattr(options, name)] + ["draws"] * (options.draws > 1)
         if given:
             raise UserError(f"--{given[0].replace('_', '-')} does nothing with --predictions; leave it out")
@@ -344,7 +344,8 @@ def _evaluate_run(
     from cheaplunch.scoring import open_for_scoring, zero_shot_of
 
     config = run.load_config()
-    here = {name: value for name, value in (given or {}).items() if name in {"weights", "device", "precision"}}
+    of_here = {"weights", "device", "precision", "smooth_mm"}
+    here = {name: value for name, value in (given or {}).items() if name in of_here}
     config = override(config, here)
     scored: dict[str, dict[str, dict]] = {}  # name → protocol → JSON
     with processes.shared_folder(pick_device(config.device).type == "cpu") as scratch:
@@ -555,7 +556,8 @@ def build_parser() -> ArgumentParser:
         "--predictions", type=Path, metavar="DIR", help="masks of another tool, named as the test cases, to be scored"
     )
     sub.add_argument("--label", metavar="NAME", help="that tool's name in the results (default: predictions)")
-    _add_settings(sub, ["data", "backbone", "weights", "image_size", "axis", "window", "device", "precision"])
+    of_models = ["backbone", "weights", "image_size", "axis", "window", "smooth_mm", "device", "precision"]
+    _add_settings(sub, ["data", *of_models])
     sub.add_argument("--out", type=Path, required=True, metavar="FILE.json", help="JSON to write")
     sub.add_argument(
         "--prompts",

@@ -133,6 +133,11 @@ class ModelConfig:
     head_start: Literal["pretrained", "fresh"] = setting(
         "pretrained", "where the two outputs start: at SAM's own mask (zero-shot), or at random as SAMed's"
     )
+    smooth_mm: float = setting(
+        0.8,
+        "in prediction: standard deviation in mm over which an organ's logits are averaged from slice to slice; 0 for "
+        "each slice on its own, as the paper has it. Nothing changes where slices are more than three times that apart",
+    )
 
 
 @dataclass(frozen=True)

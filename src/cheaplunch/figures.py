@@ -277,10 +277,11 @@ def thumbnail(
             for radius, fill in ((7, "black"), (6, "white"), (3.5, tuple(colours[number].astype(int)))):
                 reach = radius * _FINER
                 draw.ellipse((x - reach, y - reach, x + reach, y + reach), fill)
-        else:  # of a box its pixels' outer edges
-            box = *(corners[0] * step), *((corners[1] + 1) * step)
-            draw.rectangle(box, outline="black", width=3 * _FINER)
-            draw.rectangle(box, outline="white", width=2 * _FINER)
+        else:  # around the outer edges of a box's pixels, so that the truth's line stays to be seen
+            (left, top), (right, bottom) = corners[0] * step, (corners[1] + 1) * step
+            for reach, colour, line in ((3 * _FINER, "black", 3 * _FINER), (2.5 * _FINER, "white", 2 * _FINER)):
+                box = (left - reach, top - reach, right + reach, bottom + reach)
+                draw.rectangle(box, outline=colour, width=line)
     picture = picture.resize((size[0] // _FINER, size[1] // _FINER), Image.Resampling.BOX)
     for quality in (80, 55, 30, 5):  # the first is enough for all but noise
         file = io.BytesIO()

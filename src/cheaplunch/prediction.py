@@ -12,6 +12,7 @@ from torch import Tensor
 from cheaplunch.config import Prompting, PromptKind
 from cheaplunch.data.cases import CaseSlices
 from cheaplunch.data.slices import Frame, as_rgb
+from cheaplunch.merging import Found, Segmentation
 from cheaplunch.models.segmenter import Segmenter
 from cheaplunch.prompts import Prompts, SimulatedUser, furthest_point, jitter_point, oracle_prompts
 from cheaplunch.runtime import Precision, autocast
@@ -35,8 +36,10 @@ class Embedded:
 class Predictor:
     """A segmenter with the image ↔ network geometry around it. Predictions never need gradients or a label."""
 
-    def __init__(self, segmenter: Segmenter, precision: Precision = "fp32"):
+    def __init__(self, segmenter: Segmenter, precision: Precision = "fp32", smooth_mm: float = 0.0):
+        """`smooth_mm`: how far an organ's slices steady each other (`smooth_across`)."""
         self.segmenter = segmenter.eval()
+        self.smooth_mm = smooth_mm
         self.device = next(segmenter.parameters()).device
         self._precision: Precision = precision
 
@@ -71,28 +74,6 @@ def on_slice(embedded: Embedded, logits: Tensor) -> np.ndarray:
     return embedded.frame.from_model(logits).sigmoid().cpu().numpy()
 
 
-def merge_classes(probabilities: np.ndarray, numbers: Sequence[int]) -> np.ndarray:
-    """(P, H, W) of classes `numbers` → one label map (H, W): the likelier class where two overlap, 0 up to a half."""
-    best = probabilities.argmax(axis=0)
-    label = np.asarray(numbers, dtype=np.uint8)[best]
-    return np.where(probabilities.max(axis=0) > 0.5, label, 0).astype(np.uint8)
-
-
-@dataclass(frozen=True, eq=False)
-class Segmentation:
-    """What a model makes of a case from one draw of prompts."""
-
-    labels: dict[int, np.ndarray]
-    """Clicks given → label map (N, H, W) uint8 of the dataset's numbers, in ascending order; 1 for all else."""
-    probabilities: np.ndarray
-    """(K, N, H, W) float16 of the K classes asked for, each on its own; 0 where a class was not prompted or taken."""
-
-    @property
-    def label(self) -> np.ndarray:
-        """The final one."""
-        return self.labels[max(self.labels)]
-
-
 def segment_with_oracle(
     predictor: Predictor,
     case: CaseSlices,
@@ -120,13 +101,7 @@ def segment_draws(
     truth = _truth(case)
     if prompting.kind == "one-click":
         return [carry_click(predictor, case, rng, prompting.point_jitter_px, keep) for rng in rngs]
-    drawn = [
-        Segmentation(
-            {clicks: np.zeros(truth.shape, np.uint8) for clicks in reported_clicks(prompting)},
-            np.zeros((len(keep), *truth.shape), np.float16),
-        )
-        for _ in rngs
-    ]
+    drawn: list[dict[int, Found]] = [{clicks: {} for clicks in reported_clicks(prompting)} for _ in rngs]
     shown = [number for number in range(len(truth)) if truth[number].any()]
     for start in range(0, len(shown), ENCODED_AT_ONCE):
         chunk = shown[start : start + ENCODED_AT_ONCE]
@@ -134,16 +109,14 @@ def segment_draws(
             classes = _classes(truth[number])
             masks = truth[number] == np.array(classes)[:, None, None]  # (P, H, W)
             decided = np.ones(masks.shape[1:], bool) if case.ignore is None else ~case.ignore[number]  # (H, W)
-            for segmentation, rng in zip(drawn, rngs, strict=True):
+            for found, rng in zip(drawn, rngs, strict=True):
                 if prompting.kind == "clicks":
                     answers = _answer_clicks(predictor, embedded, masks, decided, prompting, rng)
                 else:
                     answers = {1: _answer_once(predictor, embedded, masks, prompting, rng)}
                 for clicks, probabilities in answers.items():
-                    segmentation.labels[clicks][number] = merge_classes(probabilities, classes)
-                final = dict(zip(classes, answers[prompting.clicks], strict=True))
-                _keep(segmentation.probabilities, keep, number, final)
-    return drawn
+                    found[clicks][number] = dict(zip(classes, probabilities, strict=True))
+    return [Segmentation.of(found, truth.shape, keep, case.step_mm, predictor.smooth_mm) for found in drawn]
 
 
 def reported_clicks(prompting: Prompting) -> list[int]:
@@ -209,35 +182,24 @@ def carry_click(
     """
     truth = _truth(case)
     classes = _classes(truth)
-    probabilities = np.zeros((len(keep), *truth.shape), np.float16)
-    label, best = np.zeros(truth.shape, np.uint8), np.full(truth.shape, 0.5, np.float32)
-    result = Segmentation({1: label}, probabilities)
-    if not classes:
-        return result
+    found: Found = {}
     home = {k: int((truth == k).sum(axis=(1, 2)).argmax()) for k in classes}  # class → slice of its click
-    first, last = min(home.values()), max(home.values())
+    first, last = min(home.values(), default=0), max(home.values(), default=0)
     embedded_between: dict[int, Embedded] = {}  # what both directions may pass
 
     def ask(
         number: int, points: dict[int, tuple[float, float]], before: dict[int, np.ndarray]
     ) -> dict[int, np.ndarray]:
-        """Class → its mask (H, W) on slice `number`, from a point on it; only those like `before`'s, where it has one.
-
-        They are merged into the result.
-        """
+        """Class → its mask (H, W) on slice `number`, from a point on it; where `before` has one, only one like it."""
         embedded = embedded_between.get(number) or predictor.embed(case.image[number : number + 1])[0]
         if first <= number <= last:
             embedded_between[number] = embedded
         points_xy = torch.tensor([list(points.values())], dtype=torch.float64)  # (1, P, 2)
         prompts = Prompts.of_points(embedded.frame.point_to_model(points_xy).float())
-        found = dict(zip(points, predictor.probabilities(embedded, prompts), strict=True))
-        found = {k: p for k, p in found.items() if k not in before or _iou(p > 0.5, before[k]) >= CARRIED_IOU}
-        _keep(probabilities, keep, number, found)
-        for k, probability in found.items():
-            likelier = probability > best[number]
-            label[number][likelier] = k
-            best[number][likelier] = probability[likelier]
-        return {k: probability > 0.5 for k, probability in found.items()}
+        answers = zip(points, predictor.probabilities(embedded, prompts), strict=True)
+        taken = {k: p for k, p in answers if k not in before or _iou(p > 0.5, before[k]) >= CARRIED_IOU}
+        found.setdefault(number, {}).update(taken)
+        return {k: probability > 0.5 for k, probability in taken.items()}
 
     clicks = {
         k: jitter_point(furthest_point(truth[number] == k), truth.shape[1:], jitter_px, rng)
@@ -253,7 +215,7 @@ def carry_click(
             carried |= {k: mask for k, mask in clicked.items() if home[k] == number - ahead}
             points = {k: furthest_point(mask) for k, mask in carried.items() if mask.sum() >= smallest[k]}
             carried = ask(number, points, carried) if points else {}
-    return result
+    return Segmentation.of({1: found}, truth.shape, keep, case.step_mm, predictor.smooth_mm)
 
 
 def _truth(case: CaseSlices) -> np.ndarray:
@@ -270,10 +232,3 @@ def _classes(truth: np.ndarray) -> list[int]:
 def _iou(mask: np.ndarray, other: np.ndarray) -> float:
     """Of two masks (H, W), the second of them not empty."""
     return np.count_nonzero(mask & other) / np.count_nonzero(mask | other)
-
-
-def _keep(kept: np.ndarray, keep: Sequence[int], number: int, found: dict[int, np.ndarray]) -> None:
-    """Writes what was `found`, class → probability (H, W), on slice `number` into `kept` (K, N, H, W)."""
-    for place, k in enumerate(keep):
-        if k in found:
-            kept[place, number] = found[k]

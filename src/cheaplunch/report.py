@@ -6,33 +6,52 @@ import base64
 import csv
 import json
 import shlex
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from matplotlib.colors import to_hex
 
 from cheaplunch.config import RunConfig, as_values, settings
-from cheaplunch.data.cases import load_case
-from cheaplunch.data.layouts import Dataset
-from cheaplunch.data.slices import Axis, Window, in_plane_spacing, to_slices
-from cheaplunch.data.volume import read_label
 from cheaplunch.errors import UserError
+from cheaplunch.evaluation.protocols import PROTOCOLS
 from cheaplunch.evaluation.tables import describe_prompts
-from cheaplunch.figures import case_overlays, telling_slice, training_curves
-from cheaplunch.files import whole_or_nothing, write_json, write_text
+from cheaplunch.figures import class_colours, training_curves
+from cheaplunch.files import write_text
+from cheaplunch.report_cases import MODES, ROLES, Verdict, rank_cases
+from cheaplunch.report_cases import save_case_overlays as save_case_overlays  # evaluate asks for both here
 from cheaplunch.runs import RunFolder
 
-ROLES = ("best", "median", "worst")
+FOLDED_CLASSES = 6  # of a picture's scores, more are folded away
 
-_PROTOCOLS = {
+_RULES = {
     "strict": "whole volumes, HD95 as the larger of the two directed percentiles; a missed or invented structure "
     "scores Dice 0 and the image's diagonal, one absent from both is left out and counted",
     "paper": "as TransUNet and SAMed score: HD95 in voxels, pooled; a missed structure scores HD95 0, an invented "
     "one Dice 1",
+    "msa": "as Medical SAM Adapter scores: slice by slice, the mean over five thresholds of the probability; a slice "
+    "where a structure is neither present nor predicted scores 1",
+    "nnunet": "as nnU-Net scores: Dice and IoU of whole volumes; a missed or invented structure scores 0, one absent "
+    "from both is left out and counted",
+    "brats": "as the BraTS challenge scored: a missed or invented structure scores Dice 0 and 373.13 mm, one absent "
+    "from both Dice 1 and 0 mm",
 }
+_INTERVALS = {
+    "studentised": "a studentised bootstrap (of fewer than four patients Student's t)",
+    "percentile": "a percentile bootstrap",
+}
+_FIGURES: dict[str, tuple[str, int | None]] = {
+    "dice": ("Dice", 3),
+    "hd95": ("HD95", 1),
+    "iou": ("IoU", 3),
+    "nsd": ("NSD", 3),
+    "asd": ("mean distance", 2),
+    "volume_error": ("volume error", None),
+}
+"""Figure in the JSON of `evaluate` → heading, to which lengths add their unit, and digits; None: a percentage."""
 _CONTAMINATION = (
     "The pretrained weights were trained on public data that may include this test set. So compare with the same "
     "weights untuned (zero-shot), not with zero."
@@ -59,25 +78,107 @@ class Shown:
 
 
 @dataclass(frozen=True)
+class ClassOfCase:
+    name: str
+    dice: float | None
+    before: float | None  # of the zero-shot weights
+    verdict: Verdict | None  # None where there was nothing to find, or where it is not known
+
+    @property
+    def rank(self) -> float:
+        """To sort by, worst first, undefined last."""
+        return 2.0 if self.dice is None else self.dice
+
+
+@dataclass(frozen=True)
+class CaseView:
+    """A case as the page lists it."""
+
+    id: str
+    dice: float | None  # mean over classes
+    classes: tuple[ClassOfCase, ...]
+    picture: str | None = None  # data URI
+    slice_number: int = 0  # of the picture
+    given: tuple[str, ...] = ()  # classes with a prompt in the picture
+
+    @property
+    def failures(self) -> list[ClassOfCase]:
+        """What is worse than a boundary."""
+        return [each for each in self.classes if each.verdict and each.verdict.failed]
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """A folder of RUN/evaluations: results of one protocol and unit, and the cases drawn."""
 
     name: str
     results: dict[str, dict]  # "fine-tuned" and perhaps "zero-shot" → JSON of DESIGN §1
     shown: tuple[Shown, ...]
+    cases: tuple[CaseView, ...]  # worst first
+    labels: tuple[str, ...] = ()  # classes of the masks, in the order of their colours
+    clicks: str | None = None  # data URI of Dice by clicks
+    pictures_in: str | None = None  # the evaluation with the same pictures, further up the page
 
     @property
     def tuned(self) -> dict:
         return self.results["fine-tuned"]
 
     @property
+    def title(self) -> str:
+        """The prompts and the protocol, in few words."""
+        return f"{self.tuned['prompts']}, protocol {self.tuned['protocol']}"
+
+    @property
     def rule(self) -> str:
-        return _PROTOCOLS.get(self.tuned["protocol"], "")
+        return _RULES.get(self.tuned["protocol"], "")
 
     @property
     def prompts(self) -> dict[str, str]:
         """What the prompts were, in words, for each of the results."""
         return {name: describe_prompts(r["prompts"], r["oracle_prompts"]) for name, r in self.results.items()}
+
+    @property
+    def unsteady(self) -> list[str]:
+        """How the prompts were moved on purpose."""
+        widths = {"box_margin_px": "boxes wider by", "box_jitter_px": "box sides out by up to"}
+        widths |= {"point_jitter_px": "points off by up to"}
+        return [f"{words} {self.tuned[name]:g} px" for name, words in widths.items() if self.tuned.get(name)]
+
+    @property
+    def interval(self) -> str:
+        """How the 95 % interval was made, in words; "" where there is none."""
+        if all(result["ci95"]["dice"] is None for result in self.results.values()):
+            return ""
+        kind = self.tuned.get("ci95_method", "percentile")
+        patients = len({row.get("patient", row["id"]) for row in self.tuned["cases"]})
+        return f"of the mean Dice over {patients} patients, by {_INTERVALS.get(kind, kind)}"
+
+    @property
+    def figures(self) -> list[tuple[str, str, int | None]]:
+        """(key, heading, digits) of the figures that any class has; as `_FIGURES`."""
+        unit, tolerance = self.tuned["unit"], self.tuned["nsd_tolerance"]
+        more = {"hd95": f", {unit}", "asd": f", {unit}", "nsd": f" at {tolerance:g} {unit}"}
+        rows = [figures for result in self.results.values() for figures in result["classes"].values()]
+        return [
+            (key, heading + more.get(key, ""), digits)
+            for key, (heading, digits) in _FIGURES.items()
+            if any(row.get(key) is not None for row in rows)
+        ]
+
+    @property
+    def colours(self) -> dict[str, str]:
+        """Class of the masks → its colour in the pictures."""
+        return dict(zip(self.labels, map(to_hex, class_colours(len(self.labels))), strict=True))
+
+    @property
+    def modes(self) -> dict[str, Counter[str]]:
+        """Class → how often it failed in which way."""
+        counts: dict[str, Counter[str]] = {name: Counter() for name in self.tuned["classes"]}
+        for case in self.cases:
+            for each in case.classes:
+                if each.verdict:
+                    counts[each.name][each.verdict.mode] += 1
+        return counts if any(counts.values()) else {}
 
     def counts(self, class_: str) -> str:
         """Cases with a score of the class, and those without; twice, as the columns go, where these differ."""
@@ -85,9 +186,12 @@ class Evaluation:
         undefined = [f" ({f['n_undefined']} undefined)" if f.get("n_undefined") else "" for f in figures]
         return " / ".join(dict.fromkeys(f"{f['n']}{u}" for f, u in zip(figures, undefined, strict=True)))
 
-    def dice_of(self, column: str) -> dict[tuple[str, str], float | None]:
-        """(case id, class) → Dice."""
-        return {(row["id"], row["class"]): row["dice"] for row in self.results[column]["cases"]}
+    def rows(self) -> Iterator[tuple[dict, dict]]:
+        """Of each case and class the fine-tuned and the zero-shot row, cases worst first."""
+        place = {case.id: number for number, case in enumerate(self.cases)}
+        before = {(r["id"], r["class"]): r for r in self.results.get("zero-shot", {"cases": []})["cases"]}
+        for row in sorted(self.tuned["cases"], key=lambda row: place[row["id"]]):
+            yield row, before.get((row["id"], row["class"]), {})
 
 
 def write_report(run: RunFolder) -> Path:
@@ -107,13 +211,15 @@ def write_report(run: RunFolder) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    jinja.filters["figure"] = _figure
+    jinja.filters |= {"figure": _figure, "percent": _percent, "capital": lambda words: words[:1].upper() + words[1:]}
     page = jinja.get_template("report.html.j2").render(
         config=config,
         dataset=environment.get("dataset") or config.data.data.resolve().name,
         unfinished=config.model.tuning != "none" and not run.finished(),
         steps_done=records[-1]["step"] if records else 0,
         evaluations=evaluations,
+        modes=MODES,
+        folded=FOLDED_CLASSES,
         notes=_notes(config, environment, evaluations),
         exemplars=_read_table(run.exemplars),
         sheet=_data_uri(run.preview.read_bytes()) if run.preview.is_file() else None,
@@ -128,51 +234,17 @@ def write_report(run: RunFolder) -> Path:
     return run.report
 
 
-def save_case_overlays(
-    folder: Path, results: dict, dataset: Dataset, masks: Path, window: Window, axis: Axis = "axial"
-) -> None:
-    """Draws the best, median and worst case of `results` into `folder`, as PNGs, and says in cases.json which.
-
-    results: JSON of `evaluate`; masks: the folder of its saved masks, named as the labels. Each case is drawn on
-    the slice that shows most of the truth.
-    """
-    cases = {case.id: case for case in dataset.cases}  # of an id on both sides, the test case, which comes later
-    folder.mkdir(parents=True, exist_ok=True)
-    said = {}
-    for role, (id_, dice) in pick_cases(results).items():
-        loaded = load_case(cases[id_], dataset, window, axis)
-        truth: np.ndarray = loaded.label  # pyright: ignore[reportAssignmentType]
-        mask = masks / cases[id_].mask_name
-        prediction = to_slices(read_label(mask, loaded.volume), axis)
-        n = telling_slice(truth, prediction)
-        spacing = in_plane_spacing(loaded.volume, axis)
-        picture = case_overlays(loaded.image[n], truth[n], prediction[n], dataset.labels, spacing)
-        with whole_or_nothing(folder / f"{role}.png") as unfinished:
-            unfinished.write_bytes(picture)
-        said[role] = {"id": id_, "dice": dice, "slice": n}
-    write_json(said, folder / "cases.json")
-
-
-def pick_cases(results: Mapping[str, Any]) -> dict[str, tuple[str, float]]:
-    """Role → (case id, mean Dice over its classes) of the best, the median and the worst case.
-
-    Undefined scores do not count, nor does a case without any other. Of an even number the median is the lower of
-    the middle two; two cases are the best and the worst, a single one is the best.
-    """
-    dice: dict[str, list[float]] = {}
-    for row in results["cases"]:
-        if row["dice"] is not None:
-            dice.setdefault(row["id"], []).append(row["dice"])
-    ranked = sorted(((id_, float(np.mean(scores))) for id_, scores in dice.items()), key=lambda item: -item[1])
-    n = len(ranked)
-    picked = {"best": 0, "median": n // 2, "worst": n - 1}
-    wanted = ROLES if n > 2 else ("best", "worst")[:n]
-    return {role: ranked[picked[role]] for role in wanted}
-
-
 def _read_evaluations(folder: Path) -> list[Evaluation]:
-    found = sorted(path.parent for path in folder.glob("*/fine-tuned.json"))
-    return [_read_evaluation(path) for path in found]
+    """Protocols in their usual order; of those with equal pictures only the first shows them."""
+    found = [_read_evaluation(path.parent) for path in folder.glob("*/fine-tuned.json")]
+    protocols = list(PROTOCOLS)
+    found.sort(key=lambda e: (e.tuned["prompts"], protocols.index(e.tuned["protocol"]), e.name))
+    first: dict[tuple, str] = {}
+    for number, evaluation in enumerate(found):
+        pictures = tuple(sorted(case.picture for case in evaluation.cases if case.picture))
+        if pictures and (title := first.setdefault(pictures, evaluation.title)) != evaluation.title:
+            found[number] = replace(evaluation, pictures_in=title)
+    return found
 
 
 def _read_evaluation(folder: Path) -> Evaluation:
@@ -187,7 +259,30 @@ def _read_evaluation(folder: Path) -> Evaluation:
         for role in ROLES
         if (case := said.get(role)) and (folder / f"{role}.png").is_file()
     )
-    return Evaluation(folder.name, results, shown)
+    failures = _read_json(path) if (path := folder / "failures.json").is_file() else {"labels": [], "cases": []}
+    clicks = _data_uri(path.read_bytes()) if (path := folder / "clicks.png").is_file() else None
+    return Evaluation(
+        folder.name, results, shown, _case_views(folder, results, failures["cases"]), tuple(failures["labels"]), clicks
+    )
+
+
+def _case_views(folder: Path, results: Mapping[str, dict], failures: list[dict]) -> tuple[CaseView, ...]:
+    known = {failure["id"]: failure for failure in failures}
+    before = {(row["id"], row["class"]): row["dice"] for row in results.get("zero-shot", {"cases": []})["cases"]}
+    classes: dict[str, list[ClassOfCase]] = {}
+    for row in results["fine-tuned"]["cases"]:
+        id_, name = row["id"], row["class"]
+        verdict = known.get(id_, {"classes": {}})["classes"].get(name)
+        of_class = ClassOfCase(name, row["dice"], before.get((id_, name)), Verdict(**verdict) if verdict else None)
+        classes.setdefault(id_, []).append(of_class)
+    views = []
+    for id_, dice in rank_cases(results["fine-tuned"]):
+        view, failure = CaseView(id_, dice, tuple(classes[id_])), known.get(id_, {})
+        if (path := folder / failure.get("picture", "")).is_file():
+            picture = _data_uri(path.read_bytes(), "webp")
+            view = replace(view, picture=picture, slice_number=failure["slice"], given=tuple(failure["given"]))
+        views.append(view)
+    return tuple(views)
 
 
 def _read_json(path: Path) -> dict:
@@ -244,5 +339,10 @@ def _figure(value: float | None, digits: int) -> str:
     return "—" if value is None else f"{value:.{digits}f}"
 
 
-def _data_uri(png: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode()
+def _percent(value: float | None) -> str:
+    """With its sign."""
+    return "—" if value is None else f"{100 * value:+.0f} %".replace("-", "−")
+
+
+def _data_uri(picture: bytes, kind: str = "png") -> str:
+    return f"data:image/{kind};base64," + base64.b64encode(picture).decode()

@@ -1,24 +1,31 @@
-"""What went wrong in a case, in words; where to look at it; and what the model was given there.
+"""What went wrong in each case, in words and in pictures: where to look, and what the model was given there.
 
-Label maps in, cut into slices (N, H, W); nothing is drawn here, and no model is known.
+Label maps come cut into slices, (N, H, W). No model is known here: pictures are of masks as they were written.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from scipy import ndimage
 
-from cheaplunch.config import Prompting
-from cheaplunch.data.slices import Frame
+from cheaplunch.config import Prompting, read_prompting
+from cheaplunch.data.cases import load_case
+from cheaplunch.data.layouts import Dataset
+from cheaplunch.data.slices import Axis, Frame, Window, in_plane_spacing, to_slices
+from cheaplunch.data.volume import read_label
 from cheaplunch.evaluation.metrics import Label, MaskPair, label_pairs
-from cheaplunch.figures import telling_slice
+from cheaplunch.figures import case_overlays, telling_slice, thumbnail
+from cheaplunch.files import whole_or_nothing, write_json
 from cheaplunch.prompts import SimulatedUser, furthest_point, jitter_point, oracle_prompts
+from cheaplunch.synthesis import derive_seed
 
 ROLES = ("best", "median", "worst")
+PICTURED = 60  # cases with a thumbnail, the worst, so that a page stays a few MB
 
 SWAPPED_SHARE = 0.5  # of the prediction on the truth of one other class
 TOO_LARGE = 0.5  # volume error
@@ -27,12 +34,12 @@ FOUND_SHARE = 0.5  # of the truth
 
 MODES: Mapping[str, str] = {
     "missed": "the truth has it, the prediction has none of it",
-    "swapped": f"more than {SWAPPED_SHARE:.0%} of the prediction lies on the truth of one other class",
+    "swapped": f"more than {100 * SWAPPED_SHARE:g} % of the prediction lies on the truth of one other class",
     "invented": "the prediction has it, the truth does not",
-    "leaked": f"the prediction is more than {TOO_LARGE:.0%} too large, or more than {STRAY_SHARE:.0%} of it is in "
-    "pieces that hold nothing of the truth",
-    "cut short": f"less than {FOUND_SHARE:.0%} of the truth is found",
-    "boundary": "none of these: what is wrong lies along the boundary",
+    "leaked": f"the prediction is more than {100 * TOO_LARGE:g} % too large, or more than {100 * STRAY_SHARE:g} % of it "
+    "is in pieces that hold nothing of the truth",
+    "cut short": f"less than {100 * FOUND_SHARE:g} % of the truth is found",
+    "boundary only": "none of these: what is wrong lies along the boundary",
 }
 """Failure mode → its rule, in the order in which they are tried: the first that holds is the mode."""
 
@@ -43,6 +50,66 @@ class Verdict:
 
     mode: str  # of MODES
     detail: str = ""  # the figure that decided, in words
+
+    @property
+    def failed(self) -> bool:
+        return self.mode != "boundary only"
+
+    def __str__(self) -> str:
+        return f"{self.mode}: {self.detail}" if self.detail else self.mode
+
+
+def save_case_overlays(
+    folder: Path,
+    results: dict,
+    dataset: Dataset,
+    masks: Path,
+    window: Window,
+    axis: Axis = "axial",
+    seed: int | None = None,
+) -> None:
+    """Draws the cases of `results` into `folder`, and says in it what went wrong in each.
+
+    results: JSON of `evaluate`; masks: the folder of its saved masks, named as the labels; seed: of the evaluation,
+    without which prompts that were drawn at random are not shown. The best, median and worst case become large PNGs on
+    the slice with most of the truth (cases.json); the PICTURED worst become thumbnails on the slice that costs them
+    most Dice; the failure mode of every class of every case is in failures.json, worst case first.
+    """
+    cases = {case.id: case for case in dataset.cases}  # of an id on both sides, the test case, which comes later
+    px = (results.get(f"{name}_px", 0.0) for name in ("box_margin", "point_jitter", "box_jitter"))
+    prompting = read_prompting(results["prompts"], *px)
+    roles = pick_cases(results)
+    said, failures = {}, []
+    for place, (id_, _) in enumerate(rank_cases(results)):
+        loaded = load_case(cases[id_], dataset, window, axis)
+        truth: np.ndarray = loaded.label  # pyright: ignore[reportAssignmentType]
+        prediction = to_slices(read_label(masks / cases[id_].mask_name, loaded.volume), axis)
+        if loaded.ignore is not None:
+            prediction = np.where(loaded.ignore, 0, prediction)
+        spacing = in_plane_spacing(loaded.volume, axis)
+        verdicts = judge(prediction, truth, dataset.scored)
+        failures.append({"id": id_, "classes": {name: asdict(verdict) for name, verdict in verdicts.items()}})
+        if place < PICTURED:
+            n = costliest_slice(prediction, truth)
+            rng = None if seed is None else np.random.default_rng(derive_seed(seed, "prompts", id_))
+            given = prompts_given(n, truth, prompting, rng)
+            picture = Path("thumbnails") / f"{place + 1:03}.webp"
+            drawn = thumbnail(loaded.image[n], truth[n], prediction[n], dataset.labels, spacing, given)
+            _write_bytes(drawn, folder / picture)
+            names = [name for name, number in dataset.labels.items() if number in given]
+            failures[-1] |= {"picture": picture.as_posix(), "slice": n, "given": names}
+        for role in (role for role, (picked, _) in roles.items() if picked == id_):
+            n = telling_slice(truth, prediction)
+            overlays = case_overlays(loaded.image[n], truth[n], prediction[n], dataset.labels, spacing)
+            _write_bytes(overlays, folder / f"{role}.png")
+            said[role] = {"id": id_, "dice": roles[role][1], "slice": n}
+    write_json(said, folder / "cases.json")
+    write_json({"labels": list(dataset.labels), "cases": failures}, folder / "failures.json")
+
+
+def _write_bytes(content: bytes, path: Path) -> None:
+    with whole_or_nothing(path) as unfinished:
+        unfinished.write_bytes(content)
 
 
 # --- cases, by how they went -----------------------------------------------------------------------------------------
@@ -112,12 +179,14 @@ def _judge(pair: MaskPair, other: str, share: float) -> Verdict:
     found = np.count_nonzero(pair.prediction & pair.truth) / true
     if found < FOUND_SHARE:
         return Verdict("cut short", f"{_percent(found)} found")
-    return Verdict("boundary")
+    return Verdict("boundary only")
 
 
 def _most_confused(name: str, classes: Mapping[str, Label], confusion: np.ndarray) -> tuple[str, float]:
-    """The other class on whose truth most of the class's prediction lies, and its share of it; regions that overlap
-    are no others."""
+    """The other class on whose truth most of the class's prediction lies, and that share; overlapping regions are none.
+
+    confusion: [predicted, true] voxels.
+    """
     numbers = {key: set(label) if isinstance(label, tuple) else {label} for key, label in classes.items()}
     held = {key: [k for k in some if k < len(confusion)] for key, some in numbers.items()}
     lies_on = confusion[held[name]].sum(axis=0)  # true class → voxels
@@ -177,8 +246,9 @@ def prompts_given(
     rng = rng or np.random.default_rng()  # of which nothing is drawn
     if prompting.kind == "one-click":
         return _only_clicks(truth, prompting.point_jitter_px, rng).get(number, {})
-    for n in range(number if not prompting.varies else 0, number):
-        _draw(truth[n], prompting, rng)
+    if prompting.varies:
+        for before in truth[:number]:
+            _draw(before, prompting, rng)
     return _draw(truth[number], prompting, rng)
 
 

@@ -91,7 +91,7 @@ def assess(
     or `torchrun` the processes share the cases and each returns the whole.
     """
     dataset, window = open_for_scoring(config, assessment)
-    predictor = Predictor(segmenter, precision)
+    predictor = Predictor(segmenter, precision, config.model.smooth_mm)
     axis = config.data.axis
     needed = any(find_protocol(name).needs_probabilities for name in assessment.protocols)
     keep = list(dataset.labels.values()) if needed else []
@@ -112,7 +112,10 @@ def assess(
             [{k: from_slices(p, axis) for k, p in zip(keep, one.probabilities, strict=True)} for one in drawn],
         )
 
-    about = {"backbone": config.model.backbone, "method": config.method}
+    about: dict[str, Any] = {"backbone": config.model.backbone, "method": config.method}
+    if config.model.tuning != "none" and config.data.exemplar_file is None:
+        about["exemplars"] = config.data.exemplars
+    about["smooth_mm"] = config.model.smooth_mm
     return _score(dataset, assessment, predict, about, predictor.device.type == "cpu", progress)
 
 
@@ -176,7 +179,8 @@ def _score(
     place = {case.id: number for number, case in enumerate(cases)}
     rows = sorted(processes.gather(rows, on_cpu), key=lambda row: place[row.case.case_id])
     said = {
-        **about,
+        "backbone": about["backbone"],
+        "method": about["method"],
         "prompts": str(assessment.prompting),
         "oracle_prompts": assessment.prompting.from_truth,
         "present_classes_only": assessment.prompting.tells_presence,
@@ -184,8 +188,9 @@ def _score(
         "nsd_tolerance": assessment.nsd_tolerance,
         "patients": {case.id: case.patient for case in cases},
     }
+    more = {"dataset": dataset.name, **{name: value for name, value in about.items() if name not in said}}
     return {
-        protocol: _summary([row for row in rows if row.protocol == protocol], protocol, assessment, said)
+        protocol: _summary([row for row in rows if row.protocol == protocol], protocol, assessment, said) | more
         for protocol in assessment.protocols
     }
 

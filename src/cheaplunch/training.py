@@ -152,7 +152,7 @@ def validate(learner: Learner, material: Material) -> float:
 
     A class that is in neither mask is left out; the processes share the cases.
     """
-    predictor = Predictor(learner.segmenter, learner.precision)
+    predictor = Predictor(learner.segmenter, learner.precision, material.config.model.smooth_mm)
     scores = []
     group = learner.accelerator
     for case in material.validation[group.process_index :: group.num_processes]:

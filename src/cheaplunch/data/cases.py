@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cheaplunch.data.layouts import Case, Dataset
-from cheaplunch.data.slices import Axis, Window, to_slices
+from cheaplunch.data.slices import Axis, Window, slice_step_mm, to_slices
 from cheaplunch.data.volume import Volume, read_volume
 from cheaplunch.errors import UserError
 
@@ -18,6 +18,7 @@ class CaseSlices:
     label: np.ndarray | None  # (N, H, W) uint8, the dataset's label numbers
     volume: Volume  # to write masks back, and for the spacing
     ignore: np.ndarray | None = None  # (N, H, W) bool, where nobody decided; 0 in `label`. None: nowhere
+    step_mm: float | None = None  # from slice to slice; None for pictures
 
 
 def load_case(case: Case, dataset: Dataset, window: Window, axis: Axis = "axial") -> CaseSlices:
@@ -25,12 +26,13 @@ def load_case(case: Case, dataset: Dataset, window: Window, axis: Axis = "axial"
     volume, label = read_checked(case, dataset, axis)
     image = np.ascontiguousarray(to_slices(window(volume.array), axis))
     if label is None:
-        return CaseSlices(image, None, volume)
+        return CaseSlices(image, None, volume, step_mm=slice_step_mm(volume, axis))
     ignore = None
     if dataset.ignore is not None and (label == dataset.ignore).any():
         ignore = np.ascontiguousarray(to_slices(label == dataset.ignore, axis))
         label = np.where(label == dataset.ignore, 0, label)
-    return CaseSlices(image, np.ascontiguousarray(to_slices(label, axis), dtype=np.uint8), volume, ignore)
+    label = np.ascontiguousarray(to_slices(label, axis), dtype=np.uint8)
+    return CaseSlices(image, label, volume, ignore, slice_step_mm(volume, axis))
 
 
 def read_checked(case: Case, dataset: Dataset, axis: Axis) -> tuple[Volume, np.ndarray | None]:

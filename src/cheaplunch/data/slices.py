@@ -91,6 +91,11 @@ def in_plane_spacing(volume: Volume, axis: Axis) -> tuple[float, float]:
     return {"axial": (y, x), "coronal": (z, x), "sagittal": (z, y)}[axis]
 
 
+def slice_step_mm(volume: Volume, axis: Axis) -> float | None:
+    """From one slice to the next; None where the images have no spacing."""
+    return volume.spacing_mm and volume.spacing_mm[{"axial": 0, "coronal": 1, "sagittal": 2}[axis]]
+
+
 # -------------------------------------------------------------------- the square
 
 
