@@ -21,7 +21,7 @@ from pydicom.pixels.decoders.base import get_decoder
 from pydicom.uid import UID
 
 import cheaplunch
-from cheaplunch.data.formats import DEFLATE, HARMLESS, Header, Role, check_claim, reading
+from cheaplunch.data.headers import DEFLATE, HARMLESS, Header, Role, check_claim, reading
 from cheaplunch.errors import UserError
 
 SUFFIX = ".dcm"

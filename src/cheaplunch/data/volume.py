@@ -23,18 +23,9 @@ from nibabel.orientations import (
     ornt_transform,
 )
 
-from cheaplunch.data import dicom, formats
-from cheaplunch.data.formats import (
-    ARRAY_SUFFIXES,
-    ITK_SUFFIXES,
-    NIFTI_SUFFIXES,
-    PICTURE_SUFFIXES,
-    READERS,
-    Geometry,
-    Header,
-    Reader,
-    Role,
-)
+from cheaplunch.data import dicom, formats, itk
+from cheaplunch.data.formats import ARRAY_SUFFIXES, ITK_SUFFIXES, NIFTI_SUFFIXES, PICTURE_SUFFIXES, READERS
+from cheaplunch.data.headers import Geometry, Header, Reader, Role
 from cheaplunch.errors import UserError
 from cheaplunch.files import whole_or_nothing
 
@@ -145,7 +136,7 @@ def source_files(source: Path) -> tuple[Path, ...]:
     suffix = suffix_of(source)
     if suffix == dicom.SUFFIX:
         return dicom.open_series(source).files
-    return formats.block_files(source) if suffix in ITK_SUFFIXES else (source,)
+    return itk.block_files(source) if suffix in ITK_SUFFIXES else (source,)
 
 
 def read_grid(sources: Sequence[Path]) -> Grid:
@@ -231,8 +222,8 @@ def write_mask(mask: np.ndarray, like: Volume, path: Path, names: Mapping[str, i
         elif suffix in NIFTI_SUFFIXES and grid.affine is not None:
             formats.write_nifti(voxels, grid.affine, own if isinstance(own, nib.Nifti1Header) else None, unfinished)
         elif suffix in ITK_SUFFIXES and grid.affine is not None:
-            place = own if isinstance(own, Geometry) else formats.geometry(_LPS_FROM_RAS @ grid.affine)
-            formats.write_itk(voxels, place, unfinished)
+            place = own if isinstance(own, Geometry) else itk.geometry(_LPS_FROM_RAS @ grid.affine)
+            itk.write_itk(voxels, place, unfinished)
         elif suffix in PICTURE_SUFFIXES:
             formats.write_picture(mask, unfinished)
         else:
