@@ -24,6 +24,7 @@ import cheaplunch as package
 from cheaplunch import processes
 from cheaplunch.config import (
     METHODS,
+    NAMES,
     PROMPT_WORDS,
     RunConfig,
     build_config,
@@ -49,8 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         options = build_parser().parse_args([word for word in arguments if word != "--debug"])
         with contextlib.redirect_stdout(io.StringIO()) if processes.rank() else contextlib.nullcontext():
-            VERBS[options.verb](options)
-        return 0
+            return VERBS[options.verb](options) or 0
     except UserError as error:
         if debug:
             raise
@@ -109,8 +109,7 @@ def pick(options: Namespace) -> None:
 def synthesize(options: Namespace) -> None:
     """Write a synthesized set as an nnU-Net raw folder of pictures, and a preview sheet of it."""
     from cheaplunch.figures import synthesis_sheet
-    from cheaplunch.material import prepare, preview
-    from cheaplunch.synthesis import write_samples
+    from cheaplunch.material import prepare, preview, write_set
 
     config = _config(options, "cheap-lunch", synthetic=options.count)
     if options.out.exists() and any(options.out.iterdir()):
@@ -119,7 +118,7 @@ def synthesize(options: Namespace) -> None:
         material = prepare(config, tell)
     names = list(material.dataset.labels)
     with _progress("synthesizing") as tell:
-        write_samples(options.out, material.pool, options.count, material.config.synthesis, config.seed, names, tell)
+        write_set(material, options.out, options.count, tell)
     synthesis_sheet(material.pool, preview(material), names, options.out / "preview.png")
     print(f"{options.count} samples and preview.png in {options.out}")
 
@@ -151,7 +150,7 @@ def evaluate(options: Namespace) -> None:
         raise UserError("--label names the tool of --predictions DIR; leave it out")
     if options.run is not None:
         run = RunFolder(options.run)
-        for name in ("backbone", "image_size", "axis", "window"):
+        for name in ("backbone", "image_size", "axis", "window", "classes"):
             if getattr(options, name) is not None:
                 raise UserError(f"--{name.replace('_', '-')} goes with --method zero-shot; {run.root} brings its own")
         results = _evaluate_run(run, assessment, options.save_masks, options.baseline, _given(options))
@@ -196,6 +195,48 @@ def compare(options: Namespace) -> None:
         print(f"figure: {options.figure}")
 
 
+def reproduce(options: Namespace) -> int:
+    """Run a paper's table again, row by row, and put what comes out beside what was published."""
+    from cheaplunch import reproduction
+    from cheaplunch.data.layouts import open_dataset
+    from cheaplunch.runtime import pick_device
+    from cheaplunch.scoring import Assessment
+
+    rows, given = reproduction.find_experiments(options.tables, options.rows), _given(options)
+    if "weights" in given and "backbone" not in given:
+        raise UserError("--weights: the rows have several backbones; `cheaplunch weights NAME --from PATH` for each")
+    if options.list:
+        print(reproduction.listing(rows, options.out, given))
+        return 0
+    if options.data is None or options.out is None:
+        raise UserError(f"--{'out' if options.data else 'data'} is missing; or --list what there is to run")
+    jobs, dataset = reproduction.plan_jobs(rows, options.out, given), open_dataset(options.data)
+    fingerprint = dataset.fingerprint()
+    reproduction.check_data(rows, dataset.scored, options.data)
+    reproduction.check_earlier(jobs, fingerprint)
+
+    def train(job: reproduction.Job, run: RunFolder) -> None:
+        _finetune(job.config, run.root, resume=run.config.is_file())
+
+    def score(job: reproduction.Job) -> dict[str, dict]:
+        assessment = Assessment(options.data, job.row.prompting, job.protocols, seed=job.config.seed)
+        if job.run is None:
+            with processes.shared_folder(pick_device(job.config.device).type == "cpu") as scratch:
+                return _assess(job.config, None, assessment, scratch / "masks", job.row.name)
+        results = _evaluate_run(job.run, assessment, baseline=False, given=given)
+        return {protocol: named["fine-tuned"] for protocol, named in results.items()}
+
+    for row in rows:
+        if not row.offered:
+            print(f"{row.address}: left out, the method {row.method} is not offered yet")
+    failed = reproduction.run_jobs(jobs, fingerprint, train, score, print)
+    for path in reproduction.write_tables(rows, options.out, failed):
+        print(f"table: {path}")
+    if failed:
+        return _say(f"{len(failed)} of {len(jobs)} rows failed, as said above; the same command tries them again", 1)
+    return 0
+
+
 def demo(options: Namespace) -> None:
     """The whole way on real MRI and weights that come with packages: label eight slices, train, compare."""
     from cheaplunch.data.demo import write_demo_dataset
@@ -227,7 +268,7 @@ DEMO_NOTES = [
     "it does on patients."
 ]
 
-VERBS = {
+VERBS: dict[str, typing.Callable[[Namespace], int | None]] = {
     "demo": demo,
     "weights": weights,
     "inspect": inspect,
@@ -236,6 +277,7 @@ VERBS = {
     "finetune": finetune,
     "evaluate": evaluate,
     "compare": compare,
+    "reproduce": reproduce,
 }
 
 
@@ -246,12 +288,21 @@ def _config(options: Namespace, method: str, **more: Any) -> RunConfig:
     """Settings of the method, then of --config, then of the flags that were given."""
     values: dict[str, Any] = {}
     if getattr(options, "config", None) is not None:
-        values |= read_yaml(options.config)
+        values |= _settings_of(options.config)
         method = values.pop("method", method)
     given = _given(options)
     if "data" not in values | given:
         raise UserError("--data is missing; give the folder with the labelled images")
     return build_config(method, values | given | more)
+
+
+def _settings_of(config: Path) -> dict[str, Any]:
+    """A YAML file's, or those of a published row."""
+    if not config.exists() and ":" in str(config):
+        from cheaplunch.reproduction import published_settings
+
+        return published_settings(str(config)) or read_yaml(config)
+    return read_yaml(config)
 
 
 def _given(options: Namespace) -> dict[str, Any]:
@@ -266,8 +317,8 @@ def _finetune(config: RunConfig, out: Path, resume: bool = False, notes: list[st
 
     runtime.keep_freed_memory()
     runtime.use_cores()
-    with _progress("fine-tuning", FIGURES) as tell:
-        run = finetune(config, out, resume, tell, notes or [])
+    with _progress("reading") as read, _progress("fine-tuning", FIGURES) as tell:
+        run = finetune(config, out, resume, tell, notes or [], read)
     if not processes.rank():
         write_report(run)
     return run
@@ -298,6 +349,9 @@ def _plan(config: RunConfig, out: Path) -> str:
     )
 
 
+OF_MODELS = ("backbone", "weights", "image_size", "axis", "window", "classes", "smooth_mm", "device", "precision")
+
+
 def _assessment(options: Namespace) -> Assessment:
     """What the flags of `evaluate` ask for; UserError for what does not go together."""
     from cheaplunch.evaluation.protocols import find_protocol
@@ -308,9 +362,8 @@ def _assessment(options: Namespace) -> Assessment:
         find_protocol(name)
     foreign = options.predictions is not None
     if foreign:
-        of_models = ("backbone", "weights", "image_size", "axis", "window", "smooth_mm", "device", "precision")
         of_prompts = ("box_margin", "point_jitter", "box_jitter", "no_mask_prompt")
-        given = [name for name in (*of_models, "save_masks") if getattr(options, name) is not None]
+        given = [name for name in (*OF_MODELS, "save_masks") if getattr(options, name) is not None]
         given += [name for name in of_prompts if getattr(options, name)] + ["draws"] * (options.draws > 1)
         if given:
             raise UserError(f"--{given[0].replace('_', '-')} does nothing with --predictions; leave it out")
@@ -339,7 +392,8 @@ def _evaluate_run(
     """
     from cheaplunch.figures import clicks_curve
     from cheaplunch.files import write_json
-    from cheaplunch.report import save_case_overlays, write_report
+    from cheaplunch.report import write_report
+    from cheaplunch.report_cases import save_case_overlays
     from cheaplunch.runtime import pick_device
     from cheaplunch.scoring import open_for_scoring, zero_shot_of
 
@@ -368,7 +422,8 @@ def _evaluate_run(
                 curves = {name: result["by_clicks"] for name, result in named.items()}
                 (kept / "clicks.png").write_bytes(clicks_curve(curves))
             dataset, window = open_for_scoring(config, assessment)
-            save_case_overlays(kept, named["fine-tuned"], dataset, written, window, config.data.axis)
+            tuned = named["fine-tuned"]
+            save_case_overlays(kept, tuned, dataset, written, window, config.data.axis, seed=assessment.seed)
     write_report(run)
     return results
 
@@ -495,6 +550,8 @@ def _progress(what: str, figures: str = "") -> Iterator[typing.Callable[..., Non
             bar.start()
         shown = {name: value for name, value in (record or {}).items() if name in {"loss", "images_per_s", "memory_mb"}}
         bar.update(task, completed=done, total=total, **shown)
+        if done == total:  # so that another bar may follow
+            bar.stop()
 
     try:
         yield tell
@@ -532,12 +589,13 @@ def build_parser() -> ArgumentParser:
     sub.add_argument("--out", type=Path, metavar="FILE.html", help="page to write, with a picture of every case")
 
     sub = verb("pick")
-    _add_settings(sub, ["data", "exemplars", "strategy", "axis", "seed"])
+    _add_settings(sub, ["data", "classes", "exemplars", "exemplar_percent", "strategy", "axis", "seed"])
     sub.add_argument("--out", type=Path, required=True, metavar="FILE.csv", help="CSV to write")
 
     sub = verb("synthesize")
-    drawn = [name for name, (group, _) in settings().items() if group in {"data", "synthesis"} and name != "synthetic"]
-    _add_settings(sub, [*drawn, "image_size", "seed"])
+    drawn = [name for name, (group, _) in settings().items() if group in {"data", "synthesis"}]
+    drawn = [name for name in drawn if name not in {"synthetic", "synthetic_set"}]
+    _add_settings(sub, [*drawn, "image_size", "seed", "device"])
     sub.add_argument("--count", type=int, default=100, metavar="M", help="samples to write (default: %(default)s)")
     sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to make")
 
@@ -545,7 +603,19 @@ def build_parser() -> ArgumentParser:
     sub.add_argument("--method", default="cheap-lunch", help=f"one of: {', '.join(METHODS)} (default: %(default)s)")
     _add_settings(sub, list(settings()), required=False)
     sub.add_argument("--out", type=Path, required=True, metavar="RUN", help="run folder to make")
-    sub.add_argument("--config", type=Path, metavar="FILE.yaml", help="settings from a file; flags override them")
+    sub.add_argument(
+        "--no-synthesis",
+        dest="real_share",
+        action="store_const",
+        const=1.0,
+        help="learn from the exemplars alone: nothing is pasted (as --real-share 1); 0 switches a transform off",
+    )
+    sub.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE.yaml",
+        help="settings from a file, or of a published row (cheap-lunch:2/ours-18); flags override them",
+    )
     sub.add_argument("--resume", action="store_true", help="continue RUN from its last checkpoint")
     sub.add_argument("--dry-run", action="store_true", help="measure a few steps, say time, memory and disk, and stop")
 
@@ -556,8 +626,7 @@ def build_parser() -> ArgumentParser:
         "--predictions", type=Path, metavar="DIR", help="masks of another tool, named as the test cases, to be scored"
     )
     sub.add_argument("--label", metavar="NAME", help="that tool's name in the results (default: predictions)")
-    of_models = ["backbone", "weights", "image_size", "axis", "window", "smooth_mm", "device", "precision"]
-    _add_settings(sub, ["data", *of_models])
+    _add_settings(sub, ["data", *OF_MODELS])
     sub.add_argument("--out", type=Path, required=True, metavar="FILE.json", help="JSON to write")
     sub.add_argument(
         "--prompts",
@@ -606,6 +675,15 @@ def build_parser() -> ArgumentParser:
     sub.add_argument("--masks", nargs="+", metavar="NAME=DIR", help="of `evaluate --save-masks DIR`: the columns")
     sub.add_argument("--slices", nargs="+", metavar="CASE:N", help="rows (default: the fullest of some test cases)")
     _add_settings(sub, ["data", "axis", "window"], required=False)
+
+    sub = verb("reproduce")
+    sub.add_argument("tables", metavar="TABLE,...", help="cheap-lunch:1 to 6, or several of one data set with commas")
+    sub.add_argument("--rows", nargs="+", metavar="NAME", help="only these, named as --list does")
+    sub.add_argument("--list", action="store_true", help="say which rows there are, with what settings, and stop")
+    sub.add_argument("--out", type=Path, metavar="DIR", help="folder for runs, results and tables; goes on in it")
+    smaller = ["backbone", "weights", "image_size", "synthetic", "steps", "warmup_steps", "batch_size", "accumulate"]
+    smaller += ["gradient_checkpointing", "compile", "precision", "checkpoint_every", "device", "seed"]
+    _add_settings(sub, ["data", *smaller], required=False)
     return parser
 
 
@@ -620,6 +698,8 @@ def _add_settings(parser: ArgumentParser, names: list[str], required: bool = Tru
             arguments["choices"] = typing.get_args(kind)
         elif kind is bool:
             arguments |= {"action": BooleanOptionalAction}
+        elif kind == NAMES:
+            arguments |= {"nargs": "+", "metavar": "NAME"}
         elif typing.get_origin(kind) is tuple:
             arguments |= {"type": float, "nargs": 2, "metavar": ("LOW", "HIGH")}
         else:

@@ -22,7 +22,6 @@ from cheaplunch.evaluation.tables import describe_prompts
 from cheaplunch.figures import class_colours, training_curves
 from cheaplunch.files import write_text
 from cheaplunch.report_cases import MODES, ROLES, Verdict, rank_cases
-from cheaplunch.report_cases import save_case_overlays as save_case_overlays  # evaluate asks for both here
 from cheaplunch.runs import RunFolder
 
 FOLDED_CLASSES = 6  # of a picture's scores, more are folded away
@@ -81,7 +80,6 @@ class Shown:
 class ClassOfCase:
     name: str
     dice: float | None
-    before: float | None  # of the zero-shot weights
     verdict: Verdict | None  # None where there was nothing to find, or where it is not known
 
     @property
@@ -237,8 +235,8 @@ def write_report(run: RunFolder) -> Path:
 def _read_evaluations(folder: Path) -> list[Evaluation]:
     """Protocols in their usual order; of those with equal pictures only the first shows them."""
     found = [_read_evaluation(path.parent) for path in folder.glob("*/fine-tuned.json")]
-    protocols = list(PROTOCOLS)
-    found.sort(key=lambda e: (e.tuned["prompts"], protocols.index(e.tuned["protocol"]), e.name))
+    usual = {name: place for place, name in enumerate(PROTOCOLS)}
+    found.sort(key=lambda e: (e.tuned["prompts"], usual.get(e.tuned["protocol"], len(usual)), e.name))
     first: dict[tuple, str] = {}
     for number, evaluation in enumerate(found):
         pictures = tuple(sorted(case.picture for case in evaluation.cases if case.picture))
@@ -261,22 +259,19 @@ def _read_evaluation(folder: Path) -> Evaluation:
     )
     failures = _read_json(path) if (path := folder / "failures.json").is_file() else {"labels": [], "cases": []}
     clicks = _data_uri(path.read_bytes()) if (path := folder / "clicks.png").is_file() else None
-    return Evaluation(
-        folder.name, results, shown, _case_views(folder, results, failures["cases"]), tuple(failures["labels"]), clicks
-    )
+    cases = _case_views(folder, results["fine-tuned"], failures["cases"])
+    return Evaluation(folder.name, results, shown, cases, tuple(failures["labels"]), clicks)
 
 
-def _case_views(folder: Path, results: Mapping[str, dict], failures: list[dict]) -> tuple[CaseView, ...]:
+def _case_views(folder: Path, results: Mapping[str, Any], failures: list[dict]) -> tuple[CaseView, ...]:
     known = {failure["id"]: failure for failure in failures}
-    before = {(row["id"], row["class"]): row["dice"] for row in results.get("zero-shot", {"cases": []})["cases"]}
     classes: dict[str, list[ClassOfCase]] = {}
-    for row in results["fine-tuned"]["cases"]:
-        id_, name = row["id"], row["class"]
-        verdict = known.get(id_, {"classes": {}})["classes"].get(name)
-        of_class = ClassOfCase(name, row["dice"], before.get((id_, name)), Verdict(**verdict) if verdict else None)
-        classes.setdefault(id_, []).append(of_class)
+    for row in results["cases"]:
+        verdict = known.get(row["id"], {"classes": {}})["classes"].get(row["class"])
+        of_class = ClassOfCase(row["class"], row["dice"], Verdict(**verdict) if verdict else None)
+        classes.setdefault(row["id"], []).append(of_class)
     views = []
-    for id_, dice in rank_cases(results["fine-tuned"]):
+    for id_, dice in rank_cases(results):
         view, failure = CaseView(id_, dice, tuple(classes[id_])), known.get(id_, {})
         if (path := folder / failure.get("picture", "")).is_file():
             picture = _data_uri(path.read_bytes(), "webp")

@@ -36,8 +36,8 @@ MODES: Mapping[str, str] = {
     "missed": "the truth has it, the prediction has none of it",
     "swapped": f"more than {100 * SWAPPED_SHARE:g} % of the prediction lies on the truth of one other class",
     "invented": "the prediction has it, the truth does not",
-    "leaked": f"the prediction is more than {100 * TOO_LARGE:g} % too large, or more than {100 * STRAY_SHARE:g} % of it "
-    "is in pieces that hold nothing of the truth",
+    "leaked": f"the prediction is more than {100 * TOO_LARGE:g} % too large, "
+    f"or more than {100 * STRAY_SHARE:g} % of it is in pieces that hold nothing of the truth",
     "cut short": f"less than {100 * FOUND_SHARE:g} % of the truth is found",
     "boundary only": "none of these: what is wrong lies along the boundary",
 }

@@ -41,9 +41,16 @@ Progress = Callable[[int, int, dict[str, float]], None]
 
 
 def finetune(
-    config: RunConfig, out: Path, resume: bool = False, progress: Progress | None = None, notes: Sequence[str] = ()
+    config: RunConfig,
+    out: Path,
+    resume: bool = False,
+    progress: Progress | None = None,
+    notes: Sequence[str] = (),
+    reading: Callable[[int, int], None] | None = None,
 ) -> RunFolder:
     """Fine-tunes as `config` says and leaves a run folder at `out`; `notes` go into its report.
+
+    `reading` is told (cases read, of how many) before the first step.
 
     Under `accelerate launch` or `torchrun` every process calls it and the batch is shared among them. Raises UserError
     for input the user can mend, among it an `out` that already holds a run, and Stopped where a signal ended it early.
@@ -57,7 +64,7 @@ def finetune(
     _check_vacant(run, resume)
     if resume and run.finished():
         return run
-    material = prepare(config)
+    material = prepare(config, reading)
     config = material.config
     learner = Learner(config, accelerator)
     require_space(out, learner.segmenter)
