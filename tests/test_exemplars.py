@@ -6,6 +6,7 @@ from cheaplunch.errors import UserError
 from cheaplunch.exemplars import (
     SliceKey,
     background_slices,
+    count_of_percent,
     pick_exemplars,
     read_exemplars,
     require_every_class,
@@ -64,10 +65,28 @@ def test_one_of_each_volume_before_a_second_of_any():
 
 
 def test_the_second_of_a_volume_is_far_from_the_first():
-    # Slice 4 has both classes and the most of them. Of the eight others the far half is 0, 1, 7 and 8
-    # (4, 3, 3 and 4 away), and of these 7 shows both classes, though 3 and 5 show more.
+    # Slice 4 has both classes and the most of them. Its neighbours 3 and 5 show nearly the same and are left; of the
+    # rest 7 alone shows both.
     areas = [(20, 0), (30, 0), (40, 0), (90, 9), (99, 10), (98, 9), (40, 0), (20, 1), (15, 0)]
     assert pick(index_of({"c": areas}), 2, "most-classes") == [("c", 4), ("c", 7)]
+
+
+def test_slices_of_a_volume_are_a_tenth_of_it_apart_until_there_is_no_room():
+    # 40 slices with foreground, the fuller the nearer to slice 20, and two without at each end: a tenth is 4.
+    areas = [(0, 0)] * 2 + [(10 + 40 - 2 * abs(20 - n), 5) for n in range(2, 42)] + [(0, 0)] * 2
+    index = index_of({"c": areas})
+    assert pick(index, 3, "most-classes") == [("c", 16), ("c", 20), ("c", 24)]
+    everywhere = [number for _, number in pick(index, 40, "most-classes")]
+    assert everywhere == list(range(2, 42))  # all of them, though that brings neighbours
+
+
+def test_the_papers_numbers_of_synapse_slices():
+    """9: one of each of nine volumes; 18: one a volume; 36: two a volume (§3.2)."""
+    index = index_of({f"v{n:02}": [(30 + k, 9) if 2 <= k < 28 else (30, 0) for k in range(30)] for n in range(18)})
+    for count, volumes, each in ((9, 9, 1), (18, 18, 1), (36, 18, 2)):
+        cases = [case for case, _ in pick(index, count, "most-classes")]
+        assert len(set(cases)) == volumes
+        assert all(cases.count(case) == each for case in cases)
 
 
 # ---- random
@@ -138,6 +157,12 @@ def test_more_than_there_are(strategy):
     assert len(set(pick(index_of(TWO), 6, strategy))) == 6
     with pytest.raises(UserError, match=r"--exemplars 7: only 6 "):
         pick(index_of(TWO), 7, strategy)
+
+
+@pytest.mark.parametrize(("percent", "count"), [(0.5, 2), (1, 4), (3, 12), (100, 400), (0.01, 1)])
+def test_a_percentage_is_of_the_slices_with_ten_pixels(percent, count):
+    slices = [(10,)] * 400 + [(9,)] * 300 + [(0,)] * 300
+    assert count_of_percent(index_of({"a": slices}, labels=("tumour",)), percent) == count
 
 
 # ---- what they show

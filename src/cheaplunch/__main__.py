@@ -210,6 +210,8 @@ def reproduce(options: Namespace) -> int:
         return 0
     if options.data is None or options.out is None:
         raise UserError(f"--{'out' if options.data else 'data'} is missing; or --list what there is to run")
+    if options.out.is_file():
+        raise UserError(f"--out {options.out} is a file; give a folder")
     jobs, dataset = reproduction.plan_jobs(rows, options.out, given), open_dataset(options.data)
     fingerprint = dataset.fingerprint()
     reproduction.check_data(rows, dataset.scored, options.data)
@@ -542,7 +544,10 @@ def _progress(what: str, figures: str = "") -> Iterator[typing.Callable[..., Non
     ]
     if figures:
         columns.append(TextColumn(figures))
-    bar = Progress(*columns, console=console, disable=bool(processes.rank()))
+    # A bar for what only prepares goes away, and is not for a log file: what follows it stands alone.
+    passing = what == "reading"
+    quiet = bool(processes.rank()) or (passing and not console.is_terminal)
+    bar = Progress(*columns, console=console, disable=quiet, transient=passing)
     task = bar.add_task(what, total=None, loss=float("nan"), images_per_s=0.0, memory_mb=0)
 
     def tell(done: int, total: int, record: dict[str, Any] | None = None) -> None:

@@ -104,11 +104,18 @@ class DataConfig:
         "default: a CT window, 0..255 for 8-bit images, otherwise percentiles of each volume",
     )
     exemplars: int = setting(9, "labelled slices to learn from (§3.2)")
-    strategy: Literal["auto", "spread", "most-classes", "random"] = setting(
+    exemplar_percent: float | None = setting(
+        None, "as many as this percentage of the training slices with at least 10 px of foreground, instead (§3.2)"
+    )
+    strategy: Literal["auto", "spread", "most-classes", "random", "all"] = setting(
         "auto",
-        "how they are chosen: most-classes or random as in §3.2, or spread over the organs' heights (auto: spread)",
+        "how they are chosen: most-classes or random as in §3.2, or spread over the organs' heights (auto: spread); "
+        "all: every slice with foreground, whatever --exemplars says",
     )
     exemplar_file: Path | None = setting(None, "CSV with the columns case,slice that names the exemplars instead")
+    classes: tuple[str, ...] | None = setting(
+        None, "classes to train and score, the others being background; default: all of them"
+    )
 
 
 @dataclass(frozen=True)
@@ -130,6 +137,9 @@ class ModelConfig:
     )
     tuning: Literal["lora", "none"] = setting("lora", "what is trained: LoRA with the decoder's outputs, or nothing")
     lora_rank: int = setting(4, "rank r of the LoRA updates (§2.2)")
+    decoder_tuning: Literal["lora", "frozen", "full"] = setting(
+        "lora", "of the mask decoder's transformer: LoRA (§2.2), nothing, or all of it (SAMed's default)"
+    )
     head_start: Literal["pretrained", "fresh"] = setting(
         "pretrained", "where the two outputs start: at SAM's own mask (zero-shot), or at random as SAMed's"
     )
@@ -145,6 +155,9 @@ class SynthesisConfig:
     """Ranges of the transforms of Eq. 1–3; the paper names the transforms but not their ranges."""
 
     synthetic: int = setting(1800, "size of the synthesized set (§3.3: 1800 for Synapse, 4500 for BraTS)")
+    synthetic_set: Path | None = setting(
+        None, "folder that `cheaplunch synthesize` wrote, to take the samples from instead of making them in training"
+    )
     real_share: float = setting(
         0.5,
         "share of the set that is an exemplar itself, transformed as a whole, instead of pasted (paper: not stated)",
@@ -154,9 +167,17 @@ class SynthesisConfig:
     )
     rotation_deg: float = setting(20.0, "largest rotation, either way")
     scale: float = setting(0.3, "largest relative change of size, either way")
-    shift: float = setting(0.04, "largest move of a pasted organ, either way, as a share of the image side")
+    shift: float = setting(0.04, "largest move of a pasted organ, either way, as a share of the side (of 224 px: 9 px)")
     flip: float = setting(
         0.0, "probability of a left-right flip, and of an up-down flip, of a pasted organ and of a background"
+    )
+    balance: bool = setting(
+        False,
+        "draw a class first and then an exemplar that shows it, so that rare classes occur as often as common ones "
+        "(paper: not stated)",
+    )
+    paste: Literal["hard", "soft"] = setting(
+        "hard", "an organ's edge: as cut out (Eq. 1: where the foreground is above 0), or mixed with what is behind it"
     )
     blur_px: float = setting(1.5, "largest standard deviation of the Gaussian blur, in px of the network input")
     intensity: float = setting(0.4, "largest change of brightness (added) and of contrast and gamma (relative)")
@@ -208,6 +229,8 @@ class RunConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
 
+NAMES = tuple[str, ...]  # the type of a setting that takes any number of names
+
 GROUPS: dict[str, type] = {
     "data": DataConfig,
     "model": ModelConfig,
@@ -219,6 +242,8 @@ GROUPS: dict[str, type] = {
 METHODS: dict[str, dict[str, Any]] = {
     "cheap-lunch": {},
     "zero-shot": {"tuning": "none"},
+    # §3.4, "Full Set": all slices as they are, no set of a fixed size. So many samples are not drawn twice.
+    "full-set": {"strategy": "all", "real_share": 1.0, "synthetic": 1_000_000},
 }
 
 
@@ -291,6 +316,11 @@ def check(config: RunConfig) -> None:
     size = config.model.image_size
     if size is not None and (size < 32 or size % 8):
         raise UserError(f"--image-size is {size}; it must be a multiple of 8, at least 32")
+    percent = config.data.exemplar_percent
+    if percent is not None and not 0 < percent <= 100:
+        raise UserError(f"--exemplar-percent is {percent}; it must be above 0 and at most 100")
+    if config.data.classes == ():
+        raise UserError("--classes names none; leave it out for all of them")
     window = config.data.window
     if window is not None and window[0] >= window[1]:
         raise UserError(f"--window is {list(window)}; its first value must be the smaller one")
@@ -343,7 +373,7 @@ def _plain(value: Any) -> Any:
 
 
 def setting_type(name: str) -> Any:
-    """The type of a setting, less "or None": bool, int, float, str, Path, a Literal or a tuple."""
+    """The type of a setting, less "or None": bool, int, float, str, Path, a Literal, two numbers or any names."""
     group, _ = settings()[name]
     hint = typing.get_type_hints(GROUPS[group] if group else RunConfig)[name]
     return next(kind for kind in typing.get_args(hint) or [hint] if kind is not type(None)) if _optional(hint) else hint
@@ -368,6 +398,11 @@ def _typed(name: str, value: Any) -> Any:
         if not isinstance(value, bool):
             raise UserError(f"{flag} is {value}; it must be true or false")
         return value
+    if kind == NAMES:
+        names = [value] if isinstance(value, str) else value
+        if not (isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)):
+            raise UserError(f"{flag} is {value}; it must be a list of names, as in [liver, spleen]")
+        return tuple(names)
     try:
         if typing.get_origin(kind) is tuple:
             low, high = value

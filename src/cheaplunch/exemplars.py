@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -13,9 +13,10 @@ import numpy as np
 from cheaplunch.data.index import SliceArea, SliceIndex
 from cheaplunch.errors import UserError
 
-Strategy = Literal["auto", "spread", "most-classes", "random"]
+Strategy = Literal["auto", "spread", "most-classes", "random", "all"]
 
 MIN_FOREGROUND_PX = 10  # §3.1: BraTS slices count as tumour slices from ten pixels on
+MIN_APART = 0.1  # of the slices of a volume that can be exemplars: nearer ones show nearly the same
 
 
 @dataclass(frozen=True, order=True)
@@ -26,15 +27,25 @@ class SliceKey:
     slice_number: int
 
 
-def pick_exemplars(index: SliceIndex, count: int, strategy: Strategy, rng: np.random.Generator) -> list[SliceKey]:
+def pick_exemplars(
+    index: SliceIndex,
+    count: int,
+    strategy: Strategy,
+    rng: np.random.Generator,
+    volumes: Mapping[str, str] | None = None,
+) -> list[SliceKey]:
     """`count` slices of `index` to learn from; raises UserError where there are not so many to choose from.
 
     The paper takes `most-classes` where there are several classes and `random` where there is one. `auto` is
     `spread`, which taught more from as few slices on training cases held out (docs/results.md). A slice with
-    pixels that nobody decided on is never taken.
+    pixels that nobody decided on is never taken. `all` takes every other slice that is worth it, whatever `count`.
+
+    `volumes` gives case id → volume where a case may be a single slice of one: `most-classes` looks for the fullest
+    slice of each volume.
     """
-    areas = zip(index.slices, index.area_px.sum(axis=1), strict=True)
-    worth = [i for i, (s, area) in enumerate(areas) if area >= MIN_FOREGROUND_PX and not s.ignored_px]
+    worth = _worth(index)
+    if strategy == "all":
+        return sorted(_key(index.slices[i]) for i in worth)
     if len(worth) < count:
         raise UserError(
             f"--exemplars {count}: only {len(worth)} training slices have {MIN_FOREGROUND_PX} px of foreground; "
@@ -43,8 +54,11 @@ def pick_exemplars(index: SliceIndex, count: int, strategy: Strategy, rng: np.ra
     if strategy == "random":
         chosen = sorted(rng.choice(worth, size=count, replace=False).tolist())
         return [_key(index.slices[i]) for i in chosen]
-    choose = _most_classes if strategy == "most-classes" else _spread
-    return sorted(_key(index.slices[i]) for i in choose(index, worth, count, rng))
+    if strategy == "most-classes":
+        chosen = _most_classes(index, worth, count, rng, volumes or {})
+    else:
+        chosen = _spread(index, worth, count, rng)
+    return sorted(_key(index.slices[i]) for i in chosen)
 
 
 def _spread(index: SliceIndex, worth: Sequence[int], count: int, rng: np.random.Generator) -> list[int]:
@@ -74,38 +88,58 @@ def _spread(index: SliceIndex, worth: Sequence[int], count: int, rng: np.random.
     return chosen
 
 
-def _most_classes(index: SliceIndex, worth: Sequence[int], count: int, rng: np.random.Generator) -> list[int]:
+def _most_classes(
+    index: SliceIndex, worth: Sequence[int], count: int, rng: np.random.Generator, volumes: Mapping[str, str]
+) -> list[int]:
     """From each of `count` random volumes the slice with the most classes; then a second from each, and so on.
 
+    A single one comes from a volume that has a slice of as many classes as any, since it has to show them all.
     Ties go to the larger area, every class measured against its own largest so that a liver does not outvote a
-    kidney. A further slice of a volume is taken as far from its earlier ones as half the volume's candidates
-    allow, since neighbours show nearly the same.
+    kidney. Two slices of one volume are never neighbours and at least `MIN_APART` of its candidates apart, or as far
+    as they can be where that is too far.
     """
     largest = np.maximum(index.area_px.max(axis=0), 1)
-    by_case = _by_case(index, worth)
+    by_case = _by_case(index, worth, volumes)
 
     def merit(i: int) -> tuple[int, float]:
         return int((index.area_px[i] > 0).sum()), float((index.area_px[i] / largest).sum())
 
     order = rng.permutation(sorted(by_case)).tolist()
+    if count == 1:
+        most = max(merit(i)[0] for i in worth)
+        order = [case for case in order if any(merit(i)[0] == most for i in by_case[case])]
     chosen: dict[str, list[int]] = {case: [] for case in order}
     while sum(map(len, chosen.values())) < count:
         for case in order:
             if sum(map(len, chosen.values())) == count:
                 break
             left = [i for i in by_case[case] if i not in chosen[case]]
-            if chosen[case] and len(left) > 1:
-                distance = {i: min(abs(i - taken) for taken in chosen[case]) for i in left}
-                left = sorted(left, key=lambda i: -distance[i])[: max(1, len(left) // 2)]
+            if chosen[case] and left:
+                apart = {i: min(abs(i - taken) for taken in chosen[case]) for i in left}
+                enough = min(max(2, MIN_APART * len(by_case[case])), max(apart.values()))
+                left = [i for i in left if apart[i] >= enough]
             if left:
                 chosen[case].append(max(left, key=merit))
     return [i for picked in chosen.values() for i in picked]
 
 
-def _by_case(index: SliceIndex, worth: Sequence[int]) -> dict[str, list[int]]:
+def count_of_percent(index: SliceIndex, percent: float) -> int:
+    """So many per cent of the slices that can be exemplars, at least one (§3.2: 0.5, 1 and 3 % of BraTS)."""
+    return max(1, round(len(_worth(index)) * percent / 100))
+
+
+def _worth(index: SliceIndex) -> list[int]:
+    """Slices that can be exemplars: foreground enough, and no pixel that nobody decided on."""
+    areas = zip(index.slices, index.area_px.sum(axis=1), strict=True)
+    return [i for i, (s, area) in enumerate(areas) if area >= MIN_FOREGROUND_PX and not s.ignored_px]
+
+
+def _by_case(index: SliceIndex, worth: Sequence[int], volumes: Mapping[str, str] | None = None) -> dict[str, list[int]]:
+    """Slices of each case, or of each volume where `volumes` says that a case is a part of one."""
     by_case: dict[str, list[int]] = {}
     for i in worth:
-        by_case.setdefault(index.slices[i].case_id, []).append(i)
+        case = index.slices[i].case_id
+        by_case.setdefault((volumes or {}).get(case, case), []).append(i)
     return by_case
 
 

@@ -23,7 +23,7 @@ from cheaplunch.material import Material
 from cheaplunch.models.segmenter import Segmenter, build_segmenter
 from cheaplunch.prompts import Prompts, training_points
 from cheaplunch.runtime import Precision, autocast, pick_device, pick_precision
-from cheaplunch.synthesis import derive_seed, synthesize
+from cheaplunch.synthesis import derive_seed
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +54,7 @@ def draw_work(material: Material, step: int, offsets: Sequence[int]) -> Work:
     """Images number `offsets` of the batch of `step`, with what each prompt asks for and where it points."""
     config, seed = material.config, material.config.seed
     number = [(step * config.training.batch_size + offset) % config.synthesis.synthetic for offset in offsets]
-    batch = synthesize(material.pool, number, config.synthesis, seed)
+    batch = material.samples(number)
     targets, points = [], []
     for label, offset in zip(batch.labels.cpu(), offsets, strict=True):
         generator = torch.Generator().manual_seed(derive_seed(seed, "prompts", step, offset))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,10 +18,30 @@ from cheaplunch.data.cases import CaseSlices, load_case
 from cheaplunch.data.index import Progress, SliceIndex, in_order, index_slices
 from cheaplunch.data.layouts import Case, Dataset, open_dataset
 from cheaplunch.data.slices import Axis, Frame, Window, default_window
+from cheaplunch.data.subset import take_classes
 from cheaplunch.errors import UserError
-from cheaplunch.exemplars import SliceKey, background_slices, pick_exemplars, read_exemplars, require_every_class
+from cheaplunch.exemplars import (
+    SliceKey,
+    background_slices,
+    count_of_percent,
+    pick_exemplars,
+    read_exemplars,
+    require_every_class,
+    write_exemplars,
+)
 from cheaplunch.models.backbones import get_backbone
-from cheaplunch.synthesis import Batch, Pool, derive_seed, fill_foreground, synthesize
+from cheaplunch.runtime import pick_device
+from cheaplunch.synthesis import (
+    Batch,
+    Pool,
+    StoredSamples,
+    derive_seed,
+    fill_foreground,
+    left_right_pairs,
+    open_samples,
+    synthesize,
+    write_samples,
+)
 
 MAX_BACKGROUNDS = 64  # drawn at random where there are more: enough variety, bounded memory
 SMALL_IMAGE_PX = 96  # up to here the backbone's input is halved: enlarging further adds cost, not detail
@@ -35,6 +57,13 @@ class Material:
     exemplars: list[SliceKey]
     pool: Pool
     validation: list[Case]  # training cases that take no part in training
+    stored: StoredSamples | None = None  # the set, where it is taken from the disk
+
+    def samples(self, indices: Sequence[int]) -> Batch:
+        """Samples of the set by number: made as they are needed, or read where the set is on the disk."""
+        if self.stored is not None:
+            return self.stored.load(indices)
+        return synthesize(self.pool, indices, self.config.synthesis, self.config.seed)
 
     def load(self, case: Case) -> CaseSlices:
         """A case as the network is to see it."""
@@ -76,16 +105,19 @@ def _cases_named(file: Path | None) -> set[str]:
 
 def choose_exemplars(config: RunConfig, progress: Progress | None = None) -> tuple[Dataset, SliceIndex, list[SliceKey]]:
     """Indexes every training case, which checks it too, and picks the exemplars or reads the user's list of them."""
-    dataset = open_dataset(config.data.data)
+    dataset = take_classes(open_dataset(config.data.data), config.data.classes)
     training, _ = split_validation(config, dataset)
     index = index_slices(dataset, training, config.data.axis, progress)
-    file, count = config.data.exemplar_file, config.data.exemplars
+    file, percent = config.data.exemplar_file, config.data.exemplar_percent
+    count = config.data.exemplars if percent is None else count_of_percent(index, percent)
     if file is not None:
         exemplars = read_exemplars(file, index)
     else:
         rng = np.random.default_rng(derive_seed(config.seed, "exemplars"))
-        exemplars = pick_exemplars(index, count, config.data.strategy, rng)
-    require_every_class(index, exemplars, f"--exemplar-file {file}" if file else f"--exemplars {count}")
+        volumes = {case.id: case.patient for case in training}
+        exemplars = pick_exemplars(index, count, config.data.strategy, rng, volumes)
+    named = f"--exemplars {count}" if percent is None else f"--exemplar-percent {percent}"
+    require_every_class(index, exemplars, f"--exemplar-file {file}" if file else named)
     return dataset, index, exemplars
 
 
@@ -109,10 +141,61 @@ def prepare(config: RunConfig, progress: Progress | None = None) -> Material:
         backgrounds, _, background_sizes = _in_frame(free, slices, size, numbers)
     else:
         backgrounds, background_sizes = fill_foreground(images, labels, sizes), sizes
-    pool = Pool(images, labels, backgrounds, sizes, background_sizes, len(numbers), backgrounds_filled=not free)
+    sided = config.data.axis != "sagittal"  # left and right are in the plane
+    paired = left_right_pairs(list(dataset.labels)) if sided else ()
+    pool = Pool(images, labels, backgrounds, sizes, background_sizes, len(numbers), not free, paired)
     fixed = None if window.low is None or window.high is None else (window.low, window.high)
-    resolved = replace(config, data=replace(config.data, window=fixed), model=replace(config.model, image_size=size))
-    return Material(resolved, dataset, index, exemplars, pool, split_validation(config, dataset)[1])
+    data = replace(config.data, window=fixed, exemplars=len(exemplars))
+    resolved = replace(config, data=data, model=replace(config.model, image_size=size))
+    material = Material(resolved, dataset, index, exemplars, pool, split_validation(config, dataset)[1])
+    return material if config.synthesis.synthetic_set is None else replace(material, stored=_open_set(material))
+
+
+def write_set(material: Material, folder: Path, count: int, progress: Callable[[int, int], None] | None = None) -> None:
+    """The first `count` samples as a folder of pictures that `--synthetic-set` takes, and their exemplars as CSV."""
+    config = material.config
+    folder.mkdir(parents=True, exist_ok=True)
+    write_exemplars(folder / "exemplars.csv", material.index, material.exemplars)
+    pool, names = material.pool.to(pick_device(config.device)), list(material.dataset.labels)
+    write_samples(folder, pool, count, config.synthesis, config.seed, names, _origin(material), progress)
+
+
+def _origin(material: Material) -> dict[str, Any]:
+    """What the samples follow from, but for the seed of their draws, in JSON's types."""
+    config = material.config
+    settings = {"axis": config.data.axis, "window": config.data.window, "image_size": config.model.image_size}
+    settings |= asdict(replace(config.synthesis, synthetic_set=None))
+    del settings["synthetic"], settings["synthetic_set"]
+    origin = {
+        "data": material.dataset.fingerprint(),
+        "classes": list(material.dataset.labels),
+        "exemplars": [[key.case_id, key.slice_number] for key in material.exemplars],
+        "settings": settings,
+    }
+    return json.loads(json.dumps(origin))
+
+
+def _open_set(material: Material) -> StoredSamples:
+    """The set that the run names; UserError unless it is one that this run's own settings could have made."""
+    config = material.config
+    if config.synthesis.synthetic_set is None:
+        raise ValueError("the run names no set")
+    stored = open_samples(config.synthesis.synthetic_set)
+    named, here, there = f"--synthetic-set {stored.folder}", _origin(material), stored.origin
+    if (there["data"], there["classes"]) != (here["data"], here["classes"]):
+        raise UserError(f"{named} was made from other images or classes than --data {config.data.data}; make it anew")
+    if there["exemplars"] != here["exemplars"]:
+        raise UserError(f"{named} shows other exemplars; add --exemplar-file {stored.folder / 'exemplars.csv'}")
+    for name, value in here["settings"].items():
+        if (made_with := there["settings"].get(name)) != value:
+            flag = f"--{name.replace('_', '-')}"
+            raise UserError(f"{named} was made with {flag} {made_with}, and {flag} is {value} here; make them equal")
+    if config.synthesis.synthetic > len(stored.sizes):
+        raise UserError(
+            f"--synthetic {config.synthesis.synthetic}: {stored.folder} holds {len(stored.sizes)} samples; "
+            f"give --synthetic {len(stored.sizes)} or fewer"
+        )
+    return stored
 
 
 def pick_window(config: RunConfig, dataset: Dataset) -> Window:
@@ -121,8 +204,11 @@ def pick_window(config: RunConfig, dataset: Dataset) -> Window:
 
 
 def preview(material: Material, count: int = 20) -> Batch:
-    """The first pasted samples of the set, for the preview sheet."""
-    pasted = replace(material.config.synthesis, real_share=0.0)
+    """The first pasted samples of the set, or whole exemplars where none is pasted, for the preview sheet."""
+    config = material.config.synthesis
+    if material.stored is not None:
+        return material.stored.load(range(min(count, config.synthetic)))
+    pasted = replace(config, real_share=0.0) if config.real_share < 1 else config
     return synthesize(material.pool, list(range(count)), pasted, material.config.seed)
 
 

@@ -14,6 +14,7 @@ from cheaplunch.config import Prompting, RunConfig
 from cheaplunch.data.cases import load_case, read_checked
 from cheaplunch.data.layouts import Case, Dataset, open_dataset
 from cheaplunch.data.slices import Window, from_slices
+from cheaplunch.data.subset import take_classes
 from cheaplunch.data.volume import SUFFIXES, Volume, read_label, write_mask
 from cheaplunch.errors import UserError
 from cheaplunch.evaluation.protocols import Score, find_protocol, score_labels
@@ -68,7 +69,7 @@ class _Row:
 
 def open_for_scoring(config: RunConfig, assessment: Assessment) -> tuple[Dataset, Window]:
     """The data to be tested on, seen through the run's window."""
-    dataset = open_dataset(assessment.data)
+    dataset = take_classes(open_dataset(assessment.data), config.data.classes)
     return dataset, pick_window(config, dataset)
 
 

@@ -7,25 +7,49 @@ pasted onto a transformed slice without organs:
     I_s = Merge(O_1 … O_K) where Merge(…) > 0, else T(I_b)              (Eq. 3; Eq. 1 is K = 1)
 
 T is blur, intensity variation, scale, flip and rotation. An image and its label are moved by one matrix.
+
+A sample is first drawn, then made: a `Plan` is all that is random about it, some numbers on the CPU, and `render`
+makes the pictures of any plans at once, where the pool's tensors are.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
 from cheaplunch.config import SynthesisConfig
+from cheaplunch.errors import UserError
+from cheaplunch.files import write_json
 
 # Foreground that is black would count as background in "> 0"; it is lifted by less than one grey level of 255.
 BLACK = 1e-3
+SOFT_EDGE_PX = 1.0  # standard deviation of the Gaussian that softens an organ's edge with `paste: soft`
+SOFT_REACH_PX = 3
+_SMALL = 20480  # values, up to which PyTorch convolves one channel by a product of matrices
+
+
+@dataclass(frozen=True, eq=False)
+class Organs:
+    """Where the classes of one exemplar are, on the CPU."""
+
+    present: list[int]
+    """Of 1…K."""
+    centres: Tensor
+    """(K, 2) as `centroids` gives them."""
+    boxes_px: Tensor
+    """(K, 4) left, top, right, bottom edge, the tight box of each; of a class that is not there, anything."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +69,28 @@ class Pool:
     classes: int
     backgrounds_filled: bool = False
     """True where no training slice was free of foreground and the backgrounds are exemplars filled in."""
+    paired: tuple[int, ...] = ()
+    """Classes that have a twin on the other side (`left_right_pairs`): they are not mirrored left to right."""
+    _found: dict[int, Organs] = field(default_factory=dict, repr=False)
+
+    def organs(self, exemplar: int) -> Organs:
+        """Looked for once; the rest is from memory."""
+        if exemplar not in self._found:
+            numbers = torch.arange(1, self.classes + 1, dtype=torch.uint8, device=self.labels.device)
+            masks = self.labels[exemplar] == numbers[:, None, None]  # (K, S, S)
+            rows, columns = masks.any(dim=2).cpu(), masks.any(dim=1).cpu()  # (K, S) each
+            present = (rows.any(dim=1).nonzero()[:, 0] + 1).tolist()
+            edges = [*_extent(columns), *_extent(rows)]  # left, right, top, bottom
+            boxes = torch.stack([edges[0], edges[2], edges[1], edges[3]], dim=1)
+            self._found[exemplar] = Organs(present, centroids(masks).cpu(), boxes)
+        return self._found[exemplar]
+
+    @cached_property
+    def showing(self) -> dict[int, list[int]]:
+        """Class → the exemplars that show it; classes that none shows are left out."""
+        counts = [torch.bincount(label.flatten(), minlength=self.classes + 1) for label in self.labels]
+        shown = torch.stack(counts).cpu() > 0  # (N, K + 1)
+        return {k: shown[:, k].nonzero()[:, 0].tolist() for k in range(1, self.classes + 1) if shown[:, k].any()}
 
     def to(self, device: torch.device) -> Pool:
         """The pool with its pictures on `device`, where samples are then made; random draws stay on the CPU."""
@@ -62,121 +108,236 @@ class Batch:
     """Width and height in px (B, 2) that each image fills of its square."""
 
 
-def synthesize(pool: Pool, indices: list[int], config: SynthesisConfig, seed: int) -> Batch:
+@dataclass(frozen=True, eq=False)
+class Transforms:
+    """n draws of T."""
+
+    matrices: Tensor
+    """(n, 2, 3) for affine_grid: where each output place reads."""
+    blur_px: Tensor
+    """(n,) standard deviation of the Gaussian; 0 is sharp."""
+    tones: Tensor
+    """(3, n): gamma, gain and bias."""
+
+    def __getitem__(self, some: slice) -> Transforms:
+        return Transforms(self.matrices[some], self.blur_px[some], self.tones[:, some])
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """All that is random about one sample."""
+
+    exemplar: int
+    background: int | None
+    """None: the exemplar is transformed as a whole."""
+    ground: Transforms
+    """Of the background, or of the whole exemplar (n = 1)."""
+    organs: Transforms | None = None
+    """One for each class (n = K)."""
+    order: tuple[int, ...] = ()
+    """Classes to paste, the last on top."""
+    undropped: tuple[int, ...] = ()
+    """All classes in that order, for where none of the former is left in the image."""
+
+
+# --- samples ---------------------------------------------------------------------------------------------------------
+
+
+def synthesize(pool: Pool, indices: Sequence[int], config: SynthesisConfig, seed: int) -> Batch:
     """Samples number `indices` of the set that `seed` describes: the same ones, whichever are asked for together."""
-    samples = []
-    for index in indices:
-        generator = torch.Generator().manual_seed(derive_seed(seed, "sample", index))
-        samples.append(_one(pool, config, generator))
-    images, labels, sizes = zip(*samples, strict=True)
-    return Batch(torch.stack(images), torch.stack(labels), torch.stack(sizes))
+    generators = [torch.Generator().manual_seed(derive_seed(seed, "sample", index)) for index in indices]
+    plans = [draw(pool, config, generator) for generator in generators]
+    if pool.images.is_cuda:
+        return render(pool, plans, config, step_px=max(32, pool.images.shape[-1] // 4))
+    # On a CPU one sample at a time stays in its cache.
+    batches = [render(pool, [plan], config) for plan in plans]
+    return Batch(*(torch.cat([getattr(b, name) for b in batches]) for name in ("images", "labels", "sizes")))
 
 
-def write_samples(
-    folder: Path,
-    pool: Pool,
-    count: int,
-    config: SynthesisConfig,
-    seed: int,
-    names: Sequence[str],
-    progress: Callable[[int, int], None] | None = None,
-) -> None:
-    """The first `count` samples as an nnU-Net raw folder of PNG: 8-bit images, labels 1…K named `names`.
-
-    One or three channels are one picture each; other numbers of channels become a picture a channel.
-    """
-    channels = pool.images.shape[1]
-    for part in ("imagesTr", "labelsTr"):
-        (folder / part).mkdir(parents=True, exist_ok=True)
-    for index in range(count):
-        batch = synthesize(pool, [index], config, seed)
-        pixels = (batch.images[0] * 255).round().to(torch.uint8)  # (C, S, S)
-        planes = [pixels.permute(1, 2, 0)] if channels == 3 else list(pixels)
-        for channel, plane in enumerate(planes):
-            Image.fromarray(plane.numpy()).save(folder / "imagesTr" / f"synthetic_{index:05d}_{channel:04d}.png")
-        Image.fromarray(batch.labels[0].numpy()).save(folder / "labelsTr" / f"synthetic_{index:05d}.png")
-        if progress is not None:
-            progress(index + 1, count)
-    about = {
-        "name": "synthetic",
-        "channel_names": {str(channel): f"channel {channel}" for channel in range(channels)},
-        "labels": {"background": 0, **{name: number for number, name in enumerate(names, start=1)}},
-        "numTraining": count,
-        "file_ending": ".png",
-    }
-    (folder / "dataset.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
-
-
-def derive_seed(*parts: object) -> int:
-    """A 63-bit seed from whatever identifies the draw, so that no draw depends on those before it."""
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
-
-
-def _one(pool: Pool, config: SynthesisConfig, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """One sample (C, S, S), (S, S), (2,): a pasted one, or with `real_share` an exemplar transformed as a whole."""
-    exemplar = _integer(len(pool.images), generator)
-    image, label, size = pool.images[exemplar], pool.labels[exemplar], pool.sizes[exemplar]
+def draw(pool: Pool, config: SynthesisConfig, generator: torch.Generator) -> Plan:
+    """A pasted sample, or with probability `real_share` an exemplar transformed as a whole."""
+    wanted = None
+    if config.balance:
+        wanted = list(pool.showing)[_integer(len(pool.showing), generator)]
+        exemplar = pool.showing[wanted][_integer(len(pool.showing[wanted]), generator)]
+    else:
+        exemplar = _integer(len(pool.images), generator)
     if _uniform(1, generator).item() < config.real_share:
         upright = replace(config, flip=0.0)  # its organs keep their sides
-        moved, moved_label = _transform_whole(image, label, size, upright, generator)
-    else:
-        number = _integer(len(pool.backgrounds), generator)
-        background, behind = pool.backgrounds[number], pool.background_sizes[number]
-        background, _ = _transform_whole(background, torch.zeros_like(label), behind, config, generator)
-        organs, regions = cut_and_transform(image, label, pool.classes, config, generator)
-        order = torch.randperm(len(organs), generator=generator)
-        kept = order[_uniform(len(order), generator) >= config.drop]
-        order = kept if regions[kept].any() else order
-        merged, moved_label = merge(organs[order], regions[order], order + 1)
-        moved, size = paste(merged, background), torch.maximum(size, behind)
-    if not moved_label.any():  # every organ left the image: keep the sample, but unmoved
-        return image, label, pool.sizes[exemplar]
-    return moved, moved_label, size
+        return Plan(exemplar, None, draw_transforms(_middle(pool.sizes[exemplar], pool), upright, generator))
+    background = _integer(len(pool.backgrounds), generator)
+    ground = draw_transforms(_middle(pool.background_sizes[background], pool), config, generator)
+    organs = draw_transforms(pool.organs(exemplar).centres, config, generator, pool.paired)
+    order = torch.randperm(pool.classes, generator=generator) + 1
+    stays = _uniform(pool.classes, generator) >= config.drop
+    if wanted is not None:
+        stays |= order == wanted
+    return Plan(exemplar, background, ground, organs, tuple(order[stays].tolist()), tuple(order.tolist()))
 
 
-def cut_and_transform(
-    image: Tensor, label: Tensor, classes: int, config: SynthesisConfig, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Eq. 2: T_k(I ⊗ Y_k) for each class, with a transform of its own.
+def draw_transforms(
+    centres: Tensor, config: SynthesisConfig, generator: torch.Generator, paired: Sequence[int] = ()
+) -> Transforms:
+    """T about each centre (n, 2); the classes `paired`, numbered from 1, are not mirrored left to right."""
+    matrices = random_matrices(centres, config, generator, paired)
+    count = len(centres)
+    blur_px = _uniform(count, generator) * config.blur_px * (_uniform(count, generator) < 0.5)  # half stay sharp
+    draws = (2 * _uniform((3, count), generator) - 1) * config.intensity
+    return Transforms(matrices, blur_px, torch.stack([draws[0].exp(), draws[1].exp(), draws[2] / 2]))
 
-    (C, S, S) and (S, S) → organs (K, C, S, S), 0 outside, and regions (K, S, S) bool. Each organ turns, scales and
-    flips about its own centre and then moves a little, so that its place is roughly the exemplar's.
+
+def random_matrices(
+    centres: Tensor, config: SynthesisConfig, generator: torch.Generator, paired: Sequence[int] = ()
+) -> Tensor:
+    """(n, 2, 3) for affine_grid: turn, scale and flip about each centre (n, 2), then move by up to `shift` of a side.
+
+    affine_grid asks, for each output place, where to read: so these are the inverse movements,
+    in = M (out − centre − move) + centre.
     """
-    masks = (
-        label[None] == torch.arange(1, classes + 1, dtype=label.dtype, device=label.device)[:, None, None]
-    )  # (K, S, S)
-    matrices = random_matrices(centroids(masks).cpu(), config, config.shift, generator)  # (K, 2, 3)
-    images = image.expand(classes, *image.shape)
-    warped, regions = warp(images, masks, matrices)
-    warped = vary_intensity(blur(warped, config, generator), config, generator)
-    return warped.clamp(min=BLACK) * regions[:, None], regions
+    count = len(centres)
+    angle = torch.deg2rad((2 * _uniform(count, generator) - 1) * config.rotation_deg)
+    scale = torch.exp((2 * _uniform(count, generator) - 1) * torch.log1p(torch.tensor(config.scale)))
+    flips = torch.where(_uniform((count, 2), generator) < config.flip, -1.0, 1.0)  # (n, 2) in x and y
+    flips[[number - 1 for number in paired], 0] = 1.0
+    move = (2 * _uniform((count, 2), generator) - 1) * 2 * config.shift  # the side is 2 long in these units
+    cos, sin = torch.cos(angle), torch.sin(angle)
+    turn = torch.stack([torch.stack([cos, sin], dim=1), torch.stack([-sin, cos], dim=1)], dim=1)  # (n, 2, 2)
+    linear = flips[:, :, None] * turn / scale[:, None, None]
+    offset = centres - (linear @ (centres + move)[:, :, None])[:, :, 0]
+    return torch.cat([linear, offset[:, :, None]], dim=2)
 
 
-def merge(organs: Tensor, regions: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
-    """Organs (K, C, S, S) with regions (K, S, S) laid over one another, the last on top: one image and its label.
+def render(pool: Pool, plans: Sequence[Plan], config: SynthesisConfig, step_px: int = 32) -> Batch:
+    """The samples that `plans` describe.
 
-    `numbers` (K,) are the label numbers in the same order.
+    Organs are made in windows just large enough for them, with sides that are multiples of `step_px`: the smaller it
+    is the less there is to compute, and the larger the more organs share a size and are made together. It changes no
+    pixel.
     """
-    merged = torch.zeros_like(organs[0])
-    label = torch.zeros(regions.shape[1:], dtype=torch.uint8, device=regions.device)
-    for organ, region, number in zip(organs, regions, numbers.tolist(), strict=True):
-        merged = torch.where(region, organ, merged)
-        label = label.masked_fill(region, number)
-    return merged, label
+    grounds = [pool.images[p.exemplar] if p.background is None else pool.backgrounds[p.background] for p in plans]
+    side = pool.images.shape[-1]
+    ground = _joined([plan.ground for plan in plans])
+    images, places = transform(_stack(grounds), ground, [(0, 0)] * len(plans), (side, side), config, whole=True)
+    labels = torch.zeros_like(images[:, 0], dtype=torch.uint8)  # (B, S, S)
+    sizes = pool.sizes[[plan.exemplar for plan in plans]]
+    for n, plan in enumerate(plans):
+        if plan.background is None:
+            labels[n] = nearest(pool.labels[plan.exemplar, None].float(), places[n : n + 1])[0]
+        else:
+            sizes[n] = torch.maximum(sizes[n], pool.background_sizes[plan.background])
+
+    cuts = [cut for n, plan in enumerate(plans) for cut in _cuts(pool, plan, n, config, step_px)]
+    for cut, (organ, region, cover) in zip(cuts, _cut_out_all(pool, cuts, config), strict=True):
+        window = slice(cut.top, cut.top + cut.height), slice(cut.left, cut.left + cut.width)
+        paste(organ, region, cut.number, images[cut.sample][:, *window], labels[cut.sample][window], cover)
+
+    for n in (labels.flatten(1).amax(dim=1) == 0).nonzero()[:, 0].tolist():
+        plan = plans[n]
+        if plan.order != plan.undropped:
+            again = render(pool, [replace(plan, order=plan.undropped)], config, step_px)
+            images[n], labels[n], sizes[n] = again.images[0], again.labels[0], again.sizes[0]
+        else:  # every organ left the image: keep the sample, but unmoved
+            images[n], labels[n] = pool.images[plan.exemplar], pool.labels[plan.exemplar]
+            sizes[n] = pool.sizes[plan.exemplar]
+    return Batch(images, labels, sizes)
 
 
-def paste(foreground: Tensor, background: Tensor) -> Tensor:
-    """Eq. 1 and 3: the foreground (C, S, S) where any channel of it is above 0, else the background."""
-    return torch.where((foreground > 0).any(dim=0), foreground, background)
+# --- Eq. 2: an organ, cut out and transformed ------------------------------------------------------------------------
 
 
-def _transform_whole(
-    image: Tensor, label: Tensor, size: Tensor, config: SynthesisConfig, generator: torch.Generator
+def cut_out(
+    images: Tensor,
+    labels: Tensor,
+    numbers: Tensor,
+    transforms: Transforms,
+    corners: Sequence[tuple[int, int]],
+    shape: tuple[int, int],
+    config: SynthesisConfig,
 ) -> tuple[Tensor, Tensor]:
-    """T of a whole slice about its own centre, which padding moves away from the square's: (C, S, S), (S, S) → same."""
-    matrix = random_matrices(size[None] / image.shape[-1] - 1, config, config.shift, generator)
-    moved, moved_label = warp(image[None], label[None], matrix)
-    return vary_intensity(blur(moved, config, generator), config, generator)[0], moved_label[0]
+    """T_k(I ⊗ Y_k) of n organs, each with a transform of its own, in windows of the image.
+
+    Exemplars (n, C, S, S), their labels (n, S, S) as float and the classes' numbers (n,), windows of `shape` (h, w)
+    with their (left, top) `corners` → the transformed image (n, C, h, w), above 0 in some channel everywhere, and
+    where the organ is (n, h, w) bool. What lies beside the organ is left in the image for soft pasting.
+    """
+    moved, places = transform(images, transforms, corners, shape, config)
+    regions = nearest(labels, places) == numbers[:, None, None]
+    return moved.clamp_(min=BLACK), regions
+
+
+def transform(
+    images: Tensor,
+    transforms: Transforms,
+    corners: Sequence[tuple[int, int]],
+    shape: tuple[int, int],
+    config: SynthesisConfig,
+    whole: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """T of images (n, C, S, S), as far as it is seen in windows of `shape` (h, w) with their (left, top) `corners`.
+
+    → (n, C, h, w), and the places (n, h, w, 2) it was read at, in affine_grid's units, for the labels.
+    """
+    reach = max(1, round(3 * config.blur_px)) if transforms.blur_px.any() else 0
+    places = read_places(transforms.matrices.to(images.device), corners, shape, reach, images.shape[-1])
+    moved = F.grid_sample(images, places, mode="bilinear", padding_mode="zeros", align_corners=False)
+    moved = vary_intensity(blur(moved, transforms.blur_px, reach, whole), transforms.tones)
+    inner = slice(reach, reach + shape[0]), slice(reach, reach + shape[1])
+    return moved, places[:, *inner]
+
+
+def read_places(
+    matrices: Tensor, corners: Sequence[tuple[int, int]], shape: tuple[int, int], reach: int, side: int
+) -> Tensor:
+    """The part of affine_grid's answer for (n, 2, 3) that lies in windows, and `reach` px around them.
+
+    Beyond the edge of the image of `side` px the places of the edge are repeated: (n, h + 2 reach, w + 2 reach, 2).
+    """
+    ticks = torch.linspace(-1, 1, side, device=matrices.device) * (side - 1) / side  # centres of pixels
+    start = torch.tensor(corners, device=matrices.device)  # (n, 2)
+    height, width = (torch.arange(-reach, length + reach, device=matrices.device) for length in shape)
+    x = ticks[(start[:, :1] + width).clamp(0, side - 1)][:, None, :]  # (n, 1, w + 2 reach)
+    y = ticks[(start[:, 1:] + height).clamp(0, side - 1)][:, :, None]  # (n, h + 2 reach, 1)
+    rows = matrices[..., None, None].unbind(dim=1)  # (n, 3, 1, 1) each
+    planes = [torch.addcmul(x * row[:, 0], y, row[:, 1]).add_(row[:, 2]) for row in rows]
+    return torch.stack(planes, dim=1).movedim(1, 3)  # a view: each plane stays in one piece, which is read faster
+
+
+def nearest(labels: Tensor, places: Tensor) -> Tensor:
+    """Labels (n, S, S), as float, at places (n, h, w, 2): (n, h, w) uint8; 0 outside."""
+    return F.grid_sample(labels[:, None], places, mode="nearest", align_corners=False)[:, 0].to(torch.uint8)
+
+
+def blur(images: Tensor, deviations_px: Tensor, reach: int, whole: bool = False) -> Tensor:
+    """Gaussian blur of (n, C, h + 2 reach, w + 2 reach), cut off at `reach`: (n, C, h, w).
+
+    Each image has its own standard deviation (n,); where it is 0 the image comes out as it was, to the bit. Taps are
+    added one by one: the sums of a convolution are rounded otherwise for other shapes, and a pixel must not depend on
+    the window that it is made in. `whole` slices have one shape; a small one is convolved, which is faster on a CPU.
+    """
+    if not reach:
+        return images
+    offsets = torch.arange(-reach, reach + 1).float()
+    weights = torch.exp(-0.5 * (offsets / deviations_px.clamp(min=1e-3)[:, None]) ** 2)  # (n, taps)
+    taps = (weights / weights.sum(dim=1, keepdim=True)).T.to(images.device)  # (taps, n)
+    if whole and not images.is_cuda and images.shape[:2] == (1, 1) and images.numel() <= _SMALL:
+        return F.conv2d(F.conv2d(images, taps.reshape(1, 1, -1, 1)), taps.reshape(1, 1, 1, -1))
+    for axis in (-2, -1):
+        length = images.shape[axis] - 2 * reach
+        blurred = images.narrow(axis, 0, length) * taps[0, :, None, None, None]
+        for start, tap in enumerate(taps[1:, :, None, None, None], start=1):
+            blurred.addcmul_(images.narrow(axis, start, length), tap)
+        images = blurred
+    return images
+
+
+def vary_intensity(images: Tensor, tones: Tensor) -> Tensor:
+    """gain · image^gamma + bias, clipped to [0, 1], of (n, C, h, w) by `tones` (3, n), the same for all channels.
+
+    Channels thus keep their order, and a colour its hue as far as that can be. Padding, black in all, stays black.
+    """
+    gamma, gain, bias = tones.to(images.device)[:, :, None, None, None]
+    varied = images.clamp(0, 1).pow_(gamma).mul_(gain).add_(bias).clamp_(0, 1)
+    return torch.where((images > 0).any(dim=1, keepdim=True), varied, images)
 
 
 def centroids(masks: Tensor) -> Tensor:
@@ -190,57 +351,130 @@ def centroids(masks: Tensor) -> Tensor:
     return torch.stack([x, y], dim=1)
 
 
-def random_matrices(centres: Tensor, config: SynthesisConfig, shift: float, generator: torch.Generator) -> Tensor:
-    """(K, 2, 3) for affine_grid: turn, scale and flip about each centre (K, 2), then move by up to `shift` of a side.
+# --- Eq. 1 and 3: pasted ---------------------------------------------------------------------------------------------
 
-    affine_grid asks, for each output place, where to read: so these are the inverse movements,
-    in = M (out − centre − move) + centre.
+
+def paste(
+    organ: Tensor, region: Tensor, number: int, image: Tensor, label: Tensor, cover: Tensor | None = None
+) -> None:
+    """Lays an organ (C, h, w) over an image (C, h, w) and its number over the label (h, w), both in place.
+
+    The organ is seen where `region` (h, w) holds, which is where the foreground of Eq. 1 is above 0, and covers what
+    was there: done one organ after another this is the Merge of Eq. 3, the last on top. With `cover` (h, w) in [0, 1]
+    the two are mixed; the label stays that of the region.
     """
-    count = len(centres)
-    angle = torch.deg2rad((2 * _uniform(count, generator) - 1) * config.rotation_deg)
-    scale = torch.exp((2 * _uniform(count, generator) - 1) * torch.log1p(torch.tensor(config.scale)))
-    flips = torch.where(_uniform((count, 2), generator) < config.flip, -1.0, 1.0)  # (K, 2) in x and y
-    move = (2 * _uniform((count, 2), generator) - 1) * 2 * shift  # the side is 2 long in these units
-    cos, sin = torch.cos(angle), torch.sin(angle)
-    turn = torch.stack([torch.stack([cos, sin], dim=1), torch.stack([-sin, cos], dim=1)], dim=1)  # (K, 2, 2)
-    linear = flips[:, :, None] * turn / scale[:, None, None]
-    offset = centres - (linear @ (centres + move)[:, :, None])[:, :, 0]
-    return torch.cat([linear, offset[:, :, None]], dim=2)
+    mixed = torch.where(region, organ, image) if cover is None else torch.lerp(image, organ, cover)
+    image.copy_(mixed)
+    label.masked_fill_(region, number)
 
 
-def warp(images: Tensor, labels: Tensor, matrices: Tensor) -> tuple[Tensor, Tensor]:
-    """(K, C, S, S) bilinearly and (K, S, S) by nearest neighbour, moved by the same (K, 2, 3) matrices."""
-    grid = F.affine_grid(matrices.to(images.device), [*images.shape], align_corners=False)  # (K, S, S, 2)
-    moved = F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-    moved_labels = F.grid_sample(labels[:, None].float(), grid, mode="nearest", align_corners=False)[:, 0]
-    return moved, moved_labels.to(labels.dtype)
+def soft_covers(regions: Tensor) -> Tensor:
+    """How much of an organ is seen: (n, h, w) bool → (n, h, w), at least a half on it, less than that beside it.
+
+    The region's edge is blurred by SOFT_EDGE_PX; at the edge of the window it goes on as it is.
+    """
+    padded = F.pad(regions[:, None].float(), [SOFT_REACH_PX] * 4, mode="replicate")
+    covers = blur(padded, torch.full((len(regions),), SOFT_EDGE_PX), SOFT_REACH_PX)[:, 0]
+    return torch.where(regions, covers.clamp(min=0.5), covers.clamp(max=0.49))
 
 
-def blur(images: Tensor, config: SynthesisConfig, generator: torch.Generator) -> Tensor:
-    """Gaussian blur of (K, C, S, S), each image with a standard deviation between 0 and `blur_px`; half stay sharp."""
-    count, channels = images.shape[:2]
-    sigma = _uniform(count, generator) * config.blur_px * (_uniform(count, generator) < 0.5)
-    if not sigma.any():
-        return images
-    reach = max(1, round(3 * config.blur_px))
-    offsets = torch.arange(-reach, reach + 1).float()
-    kernel = torch.exp(-0.5 * (offsets / sigma.clamp(min=1e-3)[:, None]) ** 2)
-    kernel = (
-        (kernel / kernel.sum(dim=1, keepdim=True)).repeat_interleave(channels, dim=0).to(images.device)
-    )  # (K·C, taps)
-    flat = F.pad(images.flatten(0, 1)[None], [reach] * 4, mode="replicate")  # (1, K·C, S + 2r, S + 2r)
-    flat = F.conv2d(flat, kernel[:, None, :, None], groups=count * channels)
-    flat = F.conv2d(flat, kernel[:, None, None, :], groups=count * channels)
-    return flat[0].unflatten(0, (count, channels))
+@dataclass(frozen=True, eq=False)
+class _Cut:
+    """One organ, and the window of the batch's sample in which it will be."""
+
+    sample: int
+    exemplar: int
+    number: int
+    transforms: Transforms
+    left: int
+    top: int
+    width: int
+    height: int
 
 
-def vary_intensity(images: Tensor, config: SynthesisConfig, generator: torch.Generator) -> Tensor:
-    """gain · image^gamma + bias, clipped to [0, 1], one draw per image of (K, C, S, S)."""
-    draw = ((2 * _uniform((3, len(images), 1, 1, 1), generator) - 1) * config.intensity).to(images.device)
-    gamma, gain, bias = torch.exp(draw[0]), torch.exp(draw[1]), draw[2] / 2
-    # Padding outside a moved slice stays black.
-    varied = (gain * images.clamp(0, 1) ** gamma + bias).clamp(0, 1)
-    return torch.where(images > 0, varied, images)
+def _cuts(pool: Pool, plan: Plan, sample: int, config: SynthesisConfig, step_px: int) -> list[_Cut]:
+    """The organs that a plan pastes, from the bottom to the top; those that leave the image are left out."""
+    if plan.organs is None:
+        return []
+    organs = pool.organs(plan.exemplar)
+    margin = 1 + (SOFT_REACH_PX if config.paste == "soft" else 0)
+    windows = landing_windows(organs.boxes_px, plan.organs.matrices, pool.images.shape[-1], margin, step_px)
+    cuts = []
+    for number in plan.order:
+        left, top, width, height = windows[number - 1]
+        if number in organs.present and width and height:
+            one = plan.organs[number - 1 : number]
+            cuts.append(_Cut(sample, plan.exemplar, number, one, left, top, width, height))
+    return cuts
+
+
+def landing_windows(boxes_px: Tensor, matrices: Tensor, side: int, margin_px: int, step_px: int) -> list[list[int]]:
+    """Left, top, width and height in px of windows of the image that moved boxes (K, 4) and a margin lie in.
+
+    Width and height are multiples of `step_px` where the image of `side` px has room, 0 where the box is outside.
+    """
+    edges = boxes_px.double() * 2 / side - 1
+    corners = edges[:, [[0, 1], [2, 1], [0, 3], [2, 3]]]  # (K, 4, 2) of (x, y) in affine_grid's units
+    linear, offset = matrices.double()[:, :, :2], matrices.double()[:, None, :, 2]
+    landed = (torch.linalg.solve(linear, (corners - offset).mT).mT + 1) * side / 2  # (K, 4, 2) px
+    low = (landed.amin(dim=1).floor() - margin_px).clamp(0, side)
+    high = (landed.amax(dim=1).ceil() + margin_px).clamp(0, side)
+    lengths = (((high - low) / step_px).ceil() * step_px).clamp(max=side)  # (K, 2)
+    return torch.cat([torch.minimum(low, side - lengths), lengths], dim=1).long().tolist()
+
+
+def _cut_out_all(
+    pool: Pool, cuts: Sequence[_Cut], config: SynthesisConfig
+) -> list[tuple[Tensor, Tensor, Tensor | None]]:
+    """Organ, region and, pasting softly, cover of every cut; those of one shape are made together."""
+    sources = {e: (pool.images[e], pool.labels[e].float()) for e in {cut.exemplar for cut in cuts}}
+    stacks: dict[tuple[int, int, bool], list[int]] = {}
+    for place, cut in enumerate(cuts):
+        stacks.setdefault((cut.height, cut.width, bool(cut.transforms.blur_px)), []).append(place)
+    made: dict[int, tuple[Tensor, Tensor, Tensor | None]] = {}
+    for (height, width, _), stack in stacks.items():
+        some = [cuts[place] for place in stack]
+        images, labels = (_stack([sources[cut.exemplar][part] for cut in some]) for part in (0, 1))
+        organs, regions = cut_out(
+            images,
+            labels,
+            torch.tensor([cut.number for cut in some], device=images.device),
+            _joined([cut.transforms for cut in some]),
+            [(cut.left, cut.top) for cut in some],
+            (height, width),
+            config,
+        )
+        covers = soft_covers(regions) if config.paste == "soft" else [None] * len(some)
+        made |= dict(zip(stack, zip(organs, regions, covers, strict=True), strict=True))
+    return [made[place] for place in range(len(cuts))]
+
+
+def _stack(tensors: Sequence[Tensor]) -> Tensor:
+    """torch.stack, without a copy where all are one tensor."""
+    first = tensors[0]
+    alike = all(tensor is first for tensor in tensors)
+    return first.expand(len(tensors), *first.shape) if alike else torch.stack(list(tensors))
+
+
+def _joined(parts: Sequence[Transforms]) -> Transforms:
+    if len(parts) == 1:
+        return parts[0]
+    return Transforms(
+        torch.cat([part.matrices for part in parts]),
+        torch.cat([part.blur_px for part in parts]),
+        torch.cat([part.tones for part in parts], dim=1),
+    )
+
+
+# --- what samples are made of ----------------------------------------------------------------------------------------
+
+
+def left_right_pairs(names: Sequence[str]) -> tuple[int, ...]:
+    """Numbers, from 1, of the classes whose name is another's but for the side: left kidney, Lung_R, kidney(L)."""
+    other = {"left": "right", "right": "left", "l": "r", "r": "l"}
+    words = [tuple(word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+|\d+", name)) for name in names]
+    twins = [tuple(other.get(word, word) for word in name) for name in words]
+    return tuple(n for n, (own, twin) in enumerate(zip(words, twins, strict=True), start=1) if own != twin in words)
 
 
 def fill_foreground(images: Tensor, labels: Tensor, sizes: Tensor) -> Tensor:
@@ -264,6 +498,131 @@ def _pull_push(weighted: Tensor, weight: Tensor) -> Tensor:
     coarse = _pull_push(F.avg_pool2d(weighted, 2, ceil_mode=True), F.avg_pool2d(weight, 2, ceil_mode=True))
     coarse = F.interpolate(coarse, size=weight.shape[-2:], mode="bilinear", align_corners=False)
     return weighted / weight.clamp(min=1e-6) * known + coarse * (1 - known)
+
+
+def _middle(size_px: Tensor, pool: Pool) -> Tensor:
+    """(1, 2): the centre of a slice of such width and height, which padding moves away from the square's."""
+    return size_px[None] / pool.images.shape[-1] - 1
+
+
+def _extent(occupied: Tensor) -> tuple[Tensor, Tensor]:
+    """First and past the last True of each row: (K, S) → (K,), (K,)."""
+    marks = occupied.int()
+    return marks.argmax(dim=1), occupied.shape[1] - marks.flip(1).argmax(dim=1)
+
+
+# --- a set on the disk -----------------------------------------------------------------------------------------------
+
+RECORD = "synthesis.json"
+_TOGETHER = 16  # samples made in one go
+
+
+def write_samples(
+    folder: Path,
+    pool: Pool,
+    count: int,
+    config: SynthesisConfig,
+    seed: int,
+    names: Sequence[str],
+    origin: Mapping[str, Any],
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """The first `count` samples as an nnU-Net raw folder of PNG: 8-bit images, labels 1…K named `names`.
+
+    One or three channels are one picture each; other numbers of channels become a picture a channel. What the samples
+    follow from, `origin`, goes into RECORD with all that `open_samples` needs; it comes last, once the set is whole.
+    """
+    channels = pool.images.shape[1]
+    for part in ("imagesTr", "labelsTr"):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+    sizes: list[list[int]] = []
+    for start in range(0, count, _TOGETHER):
+        indices = range(start, min(start + _TOGETHER, count))
+        batch = synthesize(pool, indices, config, seed)
+        images = (batch.images * 255).round().to(torch.uint8).cpu()  # (B, C, S, S)
+        for index, pixels, label in zip(indices, images, batch.labels.cpu(), strict=True):
+            planes = [pixels.permute(1, 2, 0)] if channels == 3 else list(pixels)
+            *pictures, mask = _sample_files(folder, index, channels)
+            for path, plane in zip(pictures, planes, strict=True):
+                Image.fromarray(plane.numpy()).save(path)
+            Image.fromarray(label.numpy()).save(mask)
+            if progress is not None:
+                progress(index + 1, count)
+        sizes += batch.sizes.tolist()
+    about = {
+        "name": "synthetic",
+        "channel_names": {str(channel): f"channel {channel}" for channel in range(channels)},
+        "labels": {"background": 0, **{name: number for number, name in enumerate(names, start=1)}},
+        "numTraining": count,
+        "file_ending": ".png",
+    }
+    (folder / "dataset.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
+    record = {
+        "origin": origin,
+        "seed": seed,
+        "channels": channels,
+        "sizes_px": sizes,
+        "pictures_sha256": _hash_pictures(folder, count, channels),
+    }
+    write_json(record, folder / RECORD)
+
+
+@dataclass(frozen=True, eq=False)
+class StoredSamples:
+    """A set that `write_samples` left on the disk."""
+
+    folder: Path
+    origin: dict[str, Any]
+    channels: int
+    sizes: Tensor
+    """(M, 2) as in Batch."""
+
+    def load(self, indices: Sequence[int]) -> Batch:
+        """Samples by number, as `synthesize` would give them but for their 8 bits."""
+        images, labels = [], []
+        for index in indices:
+            *pictures, mask = (
+                np.asarray(Image.open(path)) for path in _sample_files(self.folder, index, self.channels)
+            )
+            planes = np.moveaxis(pictures[0], 2, 0) if self.channels == 3 else np.stack(pictures)  # (C, S, S)
+            images.append(torch.from_numpy(planes.astype(np.float32) / 255))
+            labels.append(torch.from_numpy(mask.copy()))
+        return Batch(torch.stack(images), torch.stack(labels), self.sizes[list(indices)])
+
+
+def open_samples(folder: Path) -> StoredSamples:
+    """The set in `folder`, every picture of which is as it was written; UserError where one is not, or is missing."""
+    anew = "make the set anew with `cheaplunch synthesize`"
+    try:
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        stored = StoredSamples(folder, record["origin"], record["channels"], torch.tensor(record["sizes_px"]))
+        found, written = _hash_pictures(folder, len(stored.sizes), stored.channels), record["pictures_sha256"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        what = f"no {Path(error.filename).name}" if isinstance(error, FileNotFoundError) else f"a damaged {RECORD}"
+        raise UserError(f"--synthetic-set {folder} has {what}; {anew}") from error
+    if found != written:
+        raise UserError(f"--synthetic-set {folder}: its pictures are not those that were written; {anew}")
+    return stored
+
+
+def _sample_files(folder: Path, index: int, channels: int) -> list[Path]:
+    """The pictures of a sample, its label last."""
+    pictures = 1 if channels == 3 else channels
+    images = [folder / "imagesTr" / f"synthetic_{index:05d}_{channel:04d}.png" for channel in range(pictures)]
+    return [*images, folder / "labelsTr" / f"synthetic_{index:05d}.png"]
+
+
+def _hash_pictures(folder: Path, count: int, channels: int) -> str:
+    whole = hashlib.sha256()
+    for index in range(count):
+        for path in _sample_files(folder, index, channels):
+            whole.update(path.read_bytes())
+    return whole.hexdigest()
+
+
+def derive_seed(*parts: object) -> int:
+    """A 63-bit seed from whatever identifies the draw, so that no draw depends on those before it."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
 
 
 def _uniform(shape: int | tuple[int, ...], generator: torch.Generator) -> Tensor:

@@ -24,6 +24,7 @@ from cheaplunch.models.sam import Sam
 ADAPTER_FILE = "adapter_model.safetensors"
 
 ENCODER_QV = r"vision_encoder\..*\.(q_proj|v_proj)"
+DECODER_TRANSFORMER = "mask_decoder.transformer"
 DECODER_QV = r"mask_decoder\.transformer\..*\.(q_proj|v_proj)"
 
 

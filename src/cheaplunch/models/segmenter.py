@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from cheaplunch.config import ModelConfig
 from cheaplunch.models.backbones import get_backbone, load_backbone
 from cheaplunch.models.heads import Head, foreground_logit, make_two_outputs, trained_modules
-from cheaplunch.models.lora import DECODER_QV, ENCODER_QV, add_lora, load_adapter, merge
+from cheaplunch.models.lora import DECODER_QV, DECODER_TRANSFORMER, ENCODER_QV, add_lora, load_adapter, merge
 from cheaplunch.models.sam import Sam
 from cheaplunch.prompts import Prompts
 
@@ -67,7 +67,9 @@ def build_segmenter(config: ModelConfig, seed: int = 0) -> Segmenter:
     with torch.random.fork_rng(devices=[]):  # peft and torch.nn draw from the global generator
         torch.manual_seed(seed)
         make_two_outputs(network, config.head_start)
-        adapted = add_lora(network, config.lora_rank, (ENCODER_QV, DECODER_QV), trained_modules("two"))
+        targets = (ENCODER_QV, DECODER_QV) if config.decoder_tuning == "lora" else (ENCODER_QV,)
+        whole = [DECODER_TRANSFORMER] if config.decoder_tuning == "full" else []
+        adapted = add_lora(network, config.lora_rank, targets, [*trained_modules("two"), *whole])
     return Segmenter(adapted, "two", size)
 
 
