@@ -1,0 +1,338 @@
+"""`cheaplunch reproduce`: every row on made-up data, and two rows from the command line through whatever happens."""
+
+import csv
+import hashlib
+import json
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import h5py
+import nibabel as nib
+import numpy as np
+import pytest
+
+from cheaplunch.__main__ import main
+from cheaplunch.config import load_config
+from cheaplunch.data.dataset import split_by_patient
+from cheaplunch.data.layouts import open_dataset
+from cheaplunch.data.recipes import SYNAPSE
+from cheaplunch.errors import Stopped
+from cheaplunch.learner import Learner
+from cheaplunch.models.lora import ADAPTER_FILE
+from cheaplunch.models.segmenter import build_segmenter, load_segmenter
+from cheaplunch.reproduction import beside_published, check_data, experiments, find_experiments, plan_jobs, run_jobs
+from cheaplunch.runs import RunFolder
+from cheaplunch.scoring import Assessment, assess
+from cheaplunch.training import finetune
+
+SMALL = {"backbone": "tiny-random", "image_size": 64, "steps": 2, "batch_size": 2, "device": "cpu", "precision": "fp32"}
+TEST_CASES = ("0001", "0002")  # two of TransUNet's
+
+
+def organs(height: int, volume: int) -> np.ndarray:
+    """(48, 48) uint8: eight blocks, all on slice 2, fewer above, none on slice 0."""
+    label = np.zeros((48, 48), np.uint8)
+    for number in range(1, 9):
+        row, column = divmod(number - 1, 3)
+        if height == 2 or (height and (number + volume + height) % 3 == 0):
+            label[3 + 15 * row : 14 + 15 * row + volume % 2, 3 + 15 * column : 14 + 15 * column] = number
+    return label
+
+
+def write_synapse(root: Path, volumes: int) -> Path:
+    """TransUNet's folder with `volumes` training volumes of four slices, three of them with organs."""
+    noise = np.random.default_rng(3)
+
+    def image(label: np.ndarray) -> np.ndarray:
+        return np.clip(0.2 + label / 12 + noise.normal(0, 0.02, label.shape), 0, 1).astype(np.float32)
+
+    for folder in ("train_npz", "test_vol_h5"):
+        (root / folder).mkdir(parents=True)
+    for volume in range(volumes):
+        for height in range(4):
+            label = organs(height, volume)
+            path = root / f"train_npz/case{volume + 5:04d}_slice{height:03d}.npz"
+            np.savez(path, image=image(label), label=label.astype(np.float32))
+    for volume, name in enumerate(TEST_CASES):
+        label = np.stack([organs(height, volume) for height in range(4)])
+        with h5py.File(root / f"test_vol_h5/case{name}.npy.h5", "w") as file:
+            file["image"], file["label"] = image(label), label.astype(np.float32)
+    return root
+
+
+@pytest.fixture(scope="module")
+def synapse(tmp_path_factory) -> Path:
+    return write_synapse(tmp_path_factory.mktemp("synapse") / "Synapse", 18)
+
+
+@pytest.fixture(scope="module")
+def brats(tmp_path_factory) -> Path:
+    """BraTS 2018's folder with ten patients who train, 46 slices with a tumour each, and two who test."""
+    root = tmp_path_factory.mktemp("brats") / "Training"
+    names = [f"Brats18_{number}_1" for number in range(12)]
+    noise = np.random.default_rng(4)
+    row, column = np.mgrid[:32, :32]
+    for number, name in enumerate(names):
+        count = 5 if name in split_by_patient(names) else 48
+        seg = np.zeros((32, 32, count), np.uint8)
+        seg[(row - 12 - number % 5) ** 2 + (column - 15) ** 2 <= 40, 1:-1] = 2
+        seg[(row - 12 - number % 5) ** 2 + (column - 15) ** 2 <= 8, 1:-1] = 4
+        flair = np.select([seg > 0], [300.0], 100.0) + noise.normal(0, 20, seg.shape)
+        for kind, array in (("flair", flair.astype(np.int16)), ("seg", seg)):
+            path = root / "HGG" / name / f"{name}_{kind}.nii.gz"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            nib.save(nib.Nifti1Image(array, np.eye(4)), path)
+    return root
+
+
+def of(data: Path):
+    """What trains and scores a row, without progress bars and reports."""
+
+    def train(job, run) -> None:
+        finetune(job.config, run.root, resume=run.config.is_file())
+
+    def score(job) -> dict[str, dict]:
+        assessment = Assessment(data, job.row.prompting, job.protocols, seed=job.config.seed)
+        config = job.config if job.run is None else job.run.load_config()
+        model = build_segmenter(config.model) if job.run is None else load_segmenter(config.model, job.run.adapter)
+        return assess(model, config, assessment, "fp32", job.result.parent / "masks")
+
+    return train, score
+
+
+# ---- every row
+
+
+@pytest.mark.parametrize(
+    ("tables", "trained", "scored"), [("1,3,5", 7, 13), ("2,4,6", 8, 15)], ids=["brats", "synapse"]
+)
+def test_every_row_that_is_offered_runs(tables, trained, scored, request, tmp_path):
+    name = "brats" if "1" in tables else "synapse"
+    data = request.getfixturevalue(name)
+    rows = find_experiments(",".join(f"cheap-lunch:{number}" for number in tables.split(",")))
+    jobs = plan_jobs(rows, tmp_path, SMALL | {"data": data})
+    check_data(rows, open_dataset(data).scored, data)
+    told = []
+    assert run_jobs(jobs, "these", *of(data), told.append) == {}
+    assert len(jobs) == scored
+
+    runs = {path.name: RunFolder(path) for path in (tmp_path / "runs").iterdir()}
+    assert len(runs) == trained == sum("training, 2 steps" in line for line in told)  # tables share them
+    for job in jobs:
+        found = json.loads(job.result.read_text())
+        assert (found["protocol"], found["prompts"], found["n_cases"]) == ("paper", job.row.published.prompts, 2)
+        assert json.loads(job.result.with_suffix(".strict.json").read_text())["protocol"] == "strict"
+        if job.run is None:
+            assert found["method"] == "zero-shot"
+            continue
+        assert len(job.run.metrics.read_text().splitlines()) == 2
+        made = load_config(job.run.config)
+        assert (made.method, made.synthesis) == (job.row.method, job.config.synthesis)
+        slices = {tuple(line.values())[:2] for line in csv.DictReader(job.run.exemplars.open())}
+        wanted = 18 * 3 if name == "synapse" else 10 * 46  # every slice with foreground
+        assert (
+            len(slices) == made.data.exemplars == (wanted if job.row.name == "full-set" else job.config.data.exemplars)
+        )
+
+    again = []
+    assert run_jobs(jobs, "these", *of(data), again.append) == {}
+    assert all(line.endswith("done before") for line in again)
+    if name == "synapse":
+        for count in (9, 18, 36):  # of as many volumes as there are, though each slice is a file of its own
+            chosen = [line["case"] for line in csv.DictReader(runs[f"synapse-ours-{count}"].exemplars.open())]
+            assert len({case.partition("_slice")[0] for case in chosen}) == min(count, 18)
+            assert sum(case.endswith("_slice002") for case in chosen) == min(count, 18)  # the one with all organs
+
+
+# ---- from the command line
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory) -> Path:
+    """Nine volumes: enough for nine exemplars, but not for 36."""
+    return write_synapse(tmp_path_factory.mktemp("few") / "Synapse", 9)
+
+
+def reproduce(data: Path, out: Path, *more: object, table: str = "cheap-lunch:2") -> int:
+    words = [word for name, value in SMALL.items() for word in (f"--{name.replace('_', '-')}", value)]
+    return main([str(word) for word in ("reproduce", table, "--data", data, "--out", out, *words, *more)])
+
+
+def test_interrupted_gone_on_with_and_one_row_that_fails(few, tmp_path, capsys, monkeypatch):
+    out, rows = tmp_path / "out", ("--rows", "ours-9", "ours-36", "samed-9", "--steps", 4)
+    step, taken = Learner.step, []
+
+    def step_and_sigterm(self, *arguments):
+        taken.append(step(self, *arguments))
+        if len(taken) == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return taken[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Learner, "step", step_and_sigterm)
+        assert reproduce(few, out, *rows) == 1
+    assert "stopped in cheap-lunch:2/ours-9; the same command goes on" in capsys.readouterr().err
+    assert not (out / "results").exists()
+
+    assert reproduce(few, out, *rows) == 1
+    told = capsys.readouterr()
+    assert "cheap-lunch:2/samed-9: left out, the method samed is not offered yet" in told.out
+    assert "[1/2] cheap-lunch:2/ours-9: going on with the training, 4 steps in all" in told.out
+    assert "[2/2] cheap-lunch:2/ours-36: failed: --exemplars 36: only 27 training slices" in told.out
+    assert "1 of 2 rows failed" in told.err
+    run = RunFolder(out / "runs" / "synapse-ours-9")
+    assert [json.loads(line)["step"] for line in run.metrics.read_text().splitlines()] == [1, 2, 3, 4]
+    [row] = find_experiments("cheap-lunch:2", ["ours-9"])
+    whole = finetune(row.config(SMALL | {"steps": 4, "data": few}), tmp_path / "undisturbed")
+    assert adapter(run) == adapter(whole)
+    assert run.report.is_file()
+
+    result = json.loads((out / "results" / "synapse-ours-9-furthest.json").read_text())
+    text = (out / "cheap-lunch-2.md").read_text()
+    dice = result["mean"]["dice"]
+    [here, paper, less] = [line for line in text.splitlines() if line.startswith("| Ours, 9 ")]
+    assert f"| {dice:.4f}" in here and "| 0.7908 | 21.62 | 0.8875 |" in paper
+    assert f"| {dice - 0.7908:+.4f} | {result['mean']['hd95'] - 21.62:+.2f} |" in less
+    assert "Failed here: --exemplars 36: only 27 training slices" in text
+    assert "Run with backbone tiny-random in place of sam-vit-b, " in text
+    assert "Not run here: the method samed is not offered yet." in text
+    assert "Synapse multi-organ CT (TransUNet's slices), 2 test cases" in text
+    assert "<html" in (out / "cheap-lunch-2.html").read_text()
+    with (out / "cheap-lunch-2.csv").open() as file:
+        lines = {line["row"]: line for line in csv.DictReader(file)}
+    place = "DSC [cheap-lunch:2]"
+    found = [
+        float(lines[f"Ours, 9 (one per two volumes): {what}"][place]) for what in ("here", "paper", "here − paper")
+    ]
+    assert found == pytest.approx([dice, 0.7908, dice - 0.7908])
+
+    # A row of another table is the same evaluation where the prompts are the same, and else the same run.
+    before = adapter(run)
+    assert reproduce(few, out, "--rows", "ours-9", "--steps", 4, table="cheap-lunch:4,cheap-lunch:6") == 0
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("[")]
+    assert told[0] == "[1/2] cheap-lunch:4/ours-9: done before"
+    assert len(told) == 2 and "cheap-lunch:6/ours-9: evaluating, oracle prompts: one random point" in told[1]
+    assert adapter(run) == before
+    assert json.loads((out / "results" / "synapse-ours-9-random.json").read_text())["prompts"] == "random"
+    assert f"| {dice:.4f}" in (out / "cheap-lunch-4.md").read_text()
+    assert "printed as 72.88, but the mean of its row is 71.07" in (out / "cheap-lunch-6.md").read_text()
+
+    # What lies there was made otherwise.
+    for words, naming in (
+        (
+            ("--rows", "ours-9", "--steps", 5),
+            "furthest.json was made with --steps 4, not 5; give that, or another --out",
+        ),
+        (("--rows", "ours-9", "--steps", 4, "--seed", 1), "with --seed 0, not 1"),
+    ):
+        assert reproduce(few, out, *words) == 2
+        assert naming in capsys.readouterr().err
+    (out / "results" / "synapse-ours-9-furthest.json").unlink()
+    assert reproduce(few, out, "--rows", "ours-9", "--steps", 5) == 2
+    assert "synapse-ours-9 was made with --steps 4, not 5" in capsys.readouterr().err
+
+
+def adapter(run: RunFolder) -> str:
+    return hashlib.sha256((run.adapter / ADAPTER_FILE).read_bytes()).hexdigest()
+
+
+def test_the_list_and_a_row_s_settings_for_finetune(few, tmp_path, capsys):
+    assert main(["reproduce", "cheap-lunch:2,cheap-lunch:4", "--list", "--steps", "50"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 + 11 + 6
+    [ours] = [line.split() for line in lines if line.startswith("cheap-lunch:2/ours-18")]
+    assert ours[-6:] == ["cheap-lunch", "sam-vit-b", "18", "50", "24", "furthest"]
+    [samed] = [line for line in lines if line.startswith("cheap-lunch:2/samed-18")]
+    assert samed.endswith("not offered yet")
+
+    words = ["finetune", "--config", "cheap-lunch:4/without-9", "--data", few, "--out", tmp_path / "run"]
+    words += [word for name, value in SMALL.items() for word in (f"--{name.replace('_', '-')}", value)]
+    assert main([str(word) for word in words]) == 0
+    made = load_config(tmp_path / "run" / "config.yaml")
+    assert (made.synthesis.real_share, made.data.exemplars, made.training.learning_rate) == (1, 9, 0.001)
+
+
+def test_wrong_input(tiny_dataset, few, tmp_path, capsys):
+    out = tmp_path / "out"
+    for words, naming in [
+        (["msa:1", "--data", few, "--out", out], "msa:1: its rows come with a later version"),
+        (["cheap-lunch:9", "--data", few, "--out", out], "cheap-lunch:9: there is no such table"),
+        (["cheap-lunch:2", "--data", few], "--out is missing"),
+        (["cheap-lunch:2", "--out", out], "--data is missing"),
+        (["cheap-lunch:2", "--data", few, "--out", __file__], "test_reproduce.py is a file; give a folder"),
+        (["cheap-lunch:2", "--data", few, "--out", out, "--rows", "ours-10"], "--rows ours-10"),
+        (["cheap-lunch:2", "--data", few, "--out", out, "--weights", "x.pth"], "--weights"),
+        (
+            ["cheap-lunch:2", "--data", tiny_dataset, "--out", out],
+            "has the classes disc, block, but cheap-lunch:2 is on",
+        ),
+        (["cheap-lunch:2", "--data", tmp_path / "none", "--out", out], "no such folder"),
+    ]:
+        assert main(["reproduce", *map(str, words)]) == 2
+        captured = capsys.readouterr()
+        [line] = captured.err.strip().splitlines()
+        assert naming in line
+        assert not captured.out
+    assert main(["finetune", "--config", "cheap-lunch:2/samed-9", "--data", str(few), "--out", str(out)]) == 2
+    assert "--method samed is not known" in capsys.readouterr().err
+    assert not out.exists()
+
+
+# ---- the loop and the table by hand
+
+
+def test_no_failure_keeps_the_others(few, tmp_path):
+    jobs = plan_jobs(find_experiments("cheap-lunch:2", ["ours-1", "ours-9", "ours-18"]), tmp_path, SMALL)
+    asked = []
+
+    def score(job):
+        asked.append(job.row.name)
+        if job.row.name == "ours-1":
+            raise ZeroDivisionError("by\nzero")
+        if job.row.name == "ours-18":
+            raise KeyboardInterrupt
+        return {protocol: {"protocol": protocol} for protocol in job.protocols}
+
+    told = []
+    with pytest.raises(Stopped, match=r"stopped in cheap-lunch:2/ours-18; the same command goes on"):
+        run_jobs(jobs, "these", lambda job, run: None, score, told.append)
+    trace = tmp_path / "results" / "synapse-ours-1-furthest.failed.txt"
+    assert f"failed: ZeroDivisionError: by zero ({trace} shows where)" in told[2]
+    assert "in score" in trace.read_text()
+    assert asked == ["ours-1", "ours-9", "ours-18"]
+    assert json.loads(jobs[1].result.read_text())["settings"]["steps"] == 2
+    with pytest.raises(Stopped):
+        run_jobs(jobs, "these", lambda job, run: None, score, told.append)
+    assert asked[3:] == ["ours-1", "ours-18"]  # what is done is left alone
+
+
+def test_a_table_of_figures_worked_by_hand():
+    """One class missed altogether; classes in another order and spelling than the paper's."""
+    rows = experiments()["cheap-lunch:6"]
+    [nine] = [row for row in rows if row.name == "ours-9"]
+    names = {name.replace(" ", "_"): index for index, name in enumerate(reversed(list(SYNAPSE)))}
+    classes = {name: {"dice": 0.5 + index / 100, "hd95": 3.0} for name, index in names.items()}
+    classes["aorta"] = {"dice": None, "hd95": None}
+    result = {
+        "classes": classes,
+        "mean": {"dice": 0.75, "hd95": 20.0},
+        "ci95": {"dice": [0.7, 0.8]},
+        "n_cases": 12,
+        "dataset": "Synapse",
+        "settings": {name: value for name, value in nine.settings.items() if name != "steps"} | {"steps": 7},
+    }
+    comparison = beside_published(rows, {"ours-9": result}, {"synapse-ours-18-random": "the disk is full"})
+    lines = {line.label: line for block in comparison.blocks for group in block.groups for line in group.rows}
+    here, paper, less = (lines[f"Ours, 9 (one per two volumes): {what}"] for what in ("here", "paper", "here − paper"))
+    assert [cell.text for cell in here.cells[:5]] == ["0.7500", "20.00", "–", "0.5600", "0.5500"]
+    assert here.cells[0].interval == (0.7, 0.8)
+    assert [cell.text for cell in paper.cells[:4]] == ["0.7683", "16.05", "0.8840", "0.5245"]
+    assert [cell.text for cell in less.cells[:5]] == ["-0.0183", "+3.95", "–", "+0.0355", "-0.3259"]
+    assert comparison.footnotes[here.notes[0] - 1] == "Run with steps 7 in place of 12000."
+    said = {label: [comparison.footnotes[n - 1] for n in line.notes] for label, line in lines.items()}
+    assert said["Ours, 18 (one per volume): paper"] == ["Failed here: the disk is full"]
+    assert said["SAM: paper"] == ["The SAM tested is ViT-H; all others are ViT-B.", "Not run here."]
+    assert "DSC is printed as 81.25, but the mean of its row is 81.34." in said["Ours, 36 (two per volume): paper"]
+    assert "Pancreas and Stomach are equal, 50.72, which looks copied." in said["Ours, 1 (one exemplar): paper"]
+    assert replace(comparison.blocks[0], groups=()).columns[9].heading == "Stomach"
