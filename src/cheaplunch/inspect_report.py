@@ -14,7 +14,6 @@ from itertools import groupby
 from pathlib import Path
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.colors import to_hex
 from PIL import Image
 from rich.console import Group, RenderableType
@@ -31,6 +30,7 @@ from cheaplunch.data.slices import Window, as_rgb, default_window, in_plane_spac
 from cheaplunch.errors import UserError
 from cheaplunch.figures import class_colours
 from cheaplunch.files import write_text
+from cheaplunch.pages import render
 
 PICTURE_PX, LINE_PX = 320, 3  # longest side of a case's picture, and the outlines on it
 SHOWN = 8  # findings of one kind before the rest are counted (terminal) or folded away (page)
@@ -230,16 +230,11 @@ def write_page(inspection: Inspection, path: Path, progress: Progress | None = N
         cards.append(card)
         if progress:
             progress(len(cards), len(pairs))
-    jinja = Environment(
-        loader=PackageLoader("cheaplunch"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    jinja.filters |= {"short": _short, "sides": lambda values: " × ".join(map(_short, values))}
+    filters = {"short": _short, "sides": lambda values: " × ".join(map(_short, values))}
     colours = [to_hex(colour) for colour in class_colours(len(dataset.labels))]
-    page = jinja.get_template("inspect.html.j2").render(
+    page = render(
+        "inspect.html.j2",
+        filters,
         dataset=dataset,
         facts=facts(inspection),
         classes=class_rows(inspection),
@@ -313,7 +308,8 @@ def slice_picture(
                 continue
             smooth = Image.fromarray((255 * mask).astype(np.uint8)).resize(size, Image.Resampling.BILINEAR)
             inside = np.asarray(smooth) > 127
-            canvas[inside & ~binary_erosion(inside, iterations=LINE_PX)] = 255 * colour
+            kernel = np.asarray(binary_erosion(inside, iterations=LINE_PX), bool)
+            canvas[inside & ~kernel] = 255 * colour
     return Image.fromarray(canvas)
 
 

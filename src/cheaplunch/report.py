@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.colors import to_hex
 
 from cheaplunch.config import RunConfig, as_values, settings
@@ -21,6 +20,7 @@ from cheaplunch.evaluation.protocols import PROTOCOLS
 from cheaplunch.evaluation.tables import describe_prompts
 from cheaplunch.figures import class_colours, training_curves
 from cheaplunch.files import write_text
+from cheaplunch.pages import render
 from cheaplunch.report_cases import MODES, ROLES, Verdict, rank_cases
 from cheaplunch.runs import RunFolder
 
@@ -202,15 +202,10 @@ def write_report(run: RunFolder) -> Path:
     environment = _read_json(run.environment) if run.environment.is_file() else {}
     evaluations = _read_evaluations(run.evaluations)
     records = _read_records(run.metrics)
-    jinja = Environment(
-        loader=PackageLoader("cheaplunch"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    jinja.filters |= {"figure": _figure, "percent": _percent, "capital": lambda words: words[:1].upper() + words[1:]}
-    page = jinja.get_template("report.html.j2").render(
+    filters = {"figure": _figure, "percent": _percent, "capital": lambda words: words[:1].upper() + words[1:]}
+    page = render(
+        "report.html.j2",
+        filters,
         config=config,
         dataset=environment.get("dataset") or config.data.data.resolve().name,
         unfinished=config.model.tuning != "none" and not run.finished(),

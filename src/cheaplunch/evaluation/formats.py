@@ -6,11 +6,10 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from cheaplunch.errors import UserError
 from cheaplunch.evaluation.comparison import METRICS, Block, Cell, Comparison, Row
 from cheaplunch.evaluation.papers import MEAN
+from cheaplunch.pages import render
 
 
 def markdown(comparison: Comparison) -> str:
@@ -79,15 +78,7 @@ def latex(comparison: Comparison) -> str:
 
 def html(comparison: Comparison) -> str:
     """One page that needs nothing but itself; its tables sort by any column, within rows of the same prompts."""
-    jinja = Environment(
-        loader=PackageLoader("cheaplunch"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    jinja.filters["capital"] = _capital
-    return jinja.get_template("compare.html.j2").render(comparison=comparison)
+    return render("compare.html.j2", {"capital": _capital}, comparison=comparison)
 
 
 FORMATS: Mapping[str, Callable[[Comparison], str]] = {".md": markdown, ".csv": csv_text, ".tex": latex, ".html": html}
