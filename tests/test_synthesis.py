@@ -10,6 +10,7 @@ from PIL import Image
 
 from cheaplunch.config import SynthesisConfig
 from cheaplunch.errors import UserError
+from cheaplunch.sample_sets import open_samples, write_samples
 from cheaplunch.synthesis import (
     Plan,
     Pool,
@@ -21,14 +22,12 @@ from cheaplunch.synthesis import (
     draw_transforms,
     fill_foreground,
     left_right_pairs,
-    open_samples,
     paste,
     random_matrices,
     render,
     synthesize,
     transform,
     vary_intensity,
-    write_samples,
 )
 
 STILL = SynthesisConfig(drop=0, real_share=0, rotation_deg=0, scale=0, shift=0, flip=0, blur_px=0, intensity=0)

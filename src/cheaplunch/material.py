@@ -31,16 +31,14 @@ from cheaplunch.exemplars import (
 )
 from cheaplunch.models.backbones import get_backbone
 from cheaplunch.runtime import pick_device
+from cheaplunch.sample_sets import StoredSamples, open_samples, write_samples
 from cheaplunch.synthesis import (
     Batch,
     Pool,
-    StoredSamples,
     derive_seed,
     fill_foreground,
     left_right_pairs,
-    open_samples,
     synthesize,
-    write_samples,
 )
 
 MAX_BACKGROUNDS = 64  # drawn at random where there are more: enough variety, bounded memory

@@ -84,7 +84,7 @@ class PaperTable:
 def paper_tables() -> Mapping[str, PaperTable]:
     """Name → table, in the papers' order."""
     text = files("cheaplunch.evaluation").joinpath("papers.yaml").read_text(encoding="utf-8")
-    papers = yaml.load(text, Loader=yaml.BaseLoader)  # every cell stays text, with the digits printed
+    papers = yaml.load(text, Loader=yaml.BaseLoader)  # our own file; makes text only, with the digits printed
     tables = [
         _table(name, number, about, table)
         for name, about in papers.items()
