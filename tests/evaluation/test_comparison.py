@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 import re
 from html.parser import HTMLParser
 
@@ -10,7 +11,7 @@ import pytest
 from scipy.stats import wilcoxon
 
 from cheaplunch.errors import UserError
-from cheaplunch.evaluation.comparison import Comparison, Run, compare
+from cheaplunch.evaluation.comparison import Comparison, Run, compare, mean_of_runs, read_runs
 from cheaplunch.evaluation.formats import FORMATS, csv_text, html, latex, markdown
 from cheaplunch.evaluation.papers import find_tables, paper_tables
 from cheaplunch.evaluation.protocols import Score
@@ -113,6 +114,31 @@ def test_wider_boxes_are_other_prompts():
     tight, wide = run("a", [0.9], prompts="box"), run("b", [0.8], prompts="box", box_margin_px=5.0)
     (block,) = compare([tight, wide]).blocks
     assert [group.prompts.rpartition(", ")[2] for group in block.groups] == ["drawn from the truth", "box margin 5 px"]
+
+
+def test_runs_of_one_row_are_their_mean_with_its_spread(tmp_path):
+    # Means 0.6, 0.8 and 0.7: mean 0.7, standard deviation 0.1; case by case (0.5 + 0.9 + 0.7) / 3 and 0.7.
+    seeds = [run("a", [0.5, 0.7]), run("b", [0.9, 0.7]), run("c", [0.7, 0.7])]
+    paths = []
+    for seed in seeds:
+        paths.append(tmp_path / seed.source)
+        paths[-1].write_text(json.dumps(seed.result), encoding="utf-8")
+    [row] = read_runs(["ours=" + ",".join(map(str, paths))])
+    assert [case["dice"] for case in row.result["cases"] if case["class"] == "liver"] == pytest.approx([0.7, 0.7])
+    table = compare([row, run("other", [0.4, 0.5])])
+    assert shown(table)["ours"]["mean Dice"] == "0.700 ± 0.100*"
+    assert shown(table)["ours"]["liver"] == "0.700*"
+    assert "The mean of 3 runs, case by case." in table.footnotes
+    assert "mean Dice spread [strict]" in csv_text(table)
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [(run("b", [0.5]), "other cases"), (run("b", [0.5, 0.7], prompts="box"), "differ in prompts")],
+)
+def test_no_mean_is_taken_of_runs_that_are_not_alike(other, said):
+    with pytest.raises(UserError, match=said):
+        mean_of_runs({"a.json": run("a", [0.5, 0.7]).result, "b.json": other.result})
 
 
 def test_p_is_the_paired_test_over_patients_against_the_groups_first_row():

@@ -15,7 +15,7 @@ import numpy as np
 
 from cheaplunch.errors import UserError
 from cheaplunch.evaluation.papers import MEAN, PaperRow, PaperTable, class_key, paper_tables
-from cheaplunch.evaluation.statistics import paired
+from cheaplunch.evaluation.statistics import interval, paired, sum_by_patient
 from cheaplunch.evaluation.tables import describe_prompts
 
 METRICS = {"dice": "Dice", "hd95": "HD95", "iou": "IoU", "nsd": "NSD", "asd": "ASD"}  # and what they are called
@@ -51,12 +51,16 @@ class Column:
 
 @dataclass(frozen=True)
 class Cell:
-    """text: as shown; value: to sort and compare by, None where there is none; interval: 95 %, low and high."""
+    """text: as shown; value: to sort and compare by, None where there is none.
+
+    spread: standard deviation over the runs, or draws of prompts, that value is the mean of; interval: 95 %.
+    """
 
     text: str = "–"
     value: float | None = None
     interval: tuple[float, float] | None = None
     best: bool = False
+    spread: float | None = None
 
 
 @dataclass(frozen=True)
@@ -107,6 +111,7 @@ class Comparison:
 def read_runs(words: Sequence[str]) -> list[Run]:
     """`FILE.json` or `NAME=FILE.json` each → Run, named by method, backbone and exemplars where not given.
 
+    `NAME=FILE.json,FILE.json,…` is one row: runs that differ by their seed, and their mean (`mean_of_runs`).
     Raises UserError for a file that is missing or no evaluation, and for two rows of one name.
     """
     runs = []
@@ -114,13 +119,55 @@ def read_runs(words: Sequence[str]) -> list[Run]:
         name, separator, path = word.partition("=")
         if not separator or Path(word).is_file():
             name, path = "", word
-        result = _read_evaluation(Path(path))
+        paths = [path] if Path(path).is_file() else path.split(",")
+        results = {path: _read_evaluation(Path(path)) for path in paths}
+        result = mean_of_runs(results) if len(results) > 1 else results[path]
         runs.append(Run(name or _default_name(result), path, result))
     runs = [replace(run, name=f"{run.name} ({Path(run.source).stem})") if _twice(run, runs) else run for run in runs]
     for run in runs:
         if _twice(run, runs):
             raise UserError(f"two rows are called {run.name}; name them apart: NAME=FILE.json")
     return runs
+
+
+def mean_of_runs(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """One evaluation of several of the same cases (file → JSON): every figure is their mean, undefined ones left out.
+
+    "spread" is the standard deviation over the runs of each mean figure; "runs" their number. Raises UserError naming
+    the files that are not of the same cases, classes, protocol and prompts.
+    """
+    (name, first), *others = results.items()
+    places = [(row["id"], row["class"]) for row in first["cases"]]
+    for other, result in others:
+        if [(row["id"], row["class"]) for row in result["cases"]] != places:
+            raise UserError(f"{name} and {other} are of other cases or classes: no mean can be taken of them")
+        for said in ("protocol", "prompts", "unit", "nsd_tolerance"):
+            if result.get(said) != first.get(said):
+                raise UserError(f"{name} and {other} differ in {said}: no mean can be taken of them")
+    runs = list(results.values())
+    cases = [{**rows[0], **_mean_figures(rows)} for rows in zip(*(result["cases"] for result in runs), strict=True)]
+    means = {key: [run["mean"][key] for run in runs if run["mean"].get(key) is not None] for key in METRICS}
+    sums = sum_by_patient((row.get("patient", row["id"]), row["class"], row.get("dice")) for row in cases)
+    return {
+        **first,
+        "classes": {
+            k: {**first["classes"][k], **_mean_figures([run["classes"][k] for run in runs])} for k in first["classes"]
+        },
+        "mean": {**first["mean"], **_mean_figures([run["mean"] for run in runs])},
+        "ci95": {"dice": interval(sums, np.random.default_rng(0), within=(0.0, 1.0))},
+        "spread": {key: float(np.std(values, ddof=1)) for key, values in means.items() if len(values) > 1},
+        "runs": len(runs),
+        "cases": cases,
+    }
+
+
+def _mean_figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    """Of each metric that the rows have, the mean of what is defined."""
+    figures = {}
+    for key in (key for key in METRICS if key in rows[0]):
+        defined = [row[key] for row in rows if row.get(key) is not None]
+        figures[key] = float(np.mean(defined)) if defined else None
+    return figures
 
 
 def _twice(run: Run, runs: Sequence[Run]) -> bool:
@@ -257,10 +304,12 @@ def _block(name: str, runs: Sequence[Run], tables: Sequence[PaperTable], metric:
         reference = first.setdefault(kind, run)
         cells = tuple(_run_cell(run, reference, column, metric) for column in columns)
         row = Row(run.name, cells, "run here")
+        if count := run.result.get("runs"):
+            row = replace(row, notes=_numbers([f"The mean of {count} runs, case by case."], footnotes))
         if run.case_ids != reference.case_ids:
             shared, of_all = len(run.case_ids & reference.case_ids), len(reference.case_ids)
             text = f"Shares {shared} of the {of_all} cases of {reference.name}, so its figures do not compete."
-            row = replace(row, notes=_numbers([text], footnotes), competes=False)
+            row = replace(row, notes=(*row.notes, *_numbers([text], footnotes)), competes=False)
         grouped.setdefault(kind, []).append(row)
     for table in tables:
         for row in table.rows:
@@ -332,8 +381,12 @@ def _run_cell(run: Run, reference: Run, column: Column, metric: str) -> Cell:
     value = figures.get(column.metric)
     if value is None:
         return Cell()
-    interval = (result.get("ci95") or {}).get(column.metric) if column.of == MEAN else None
-    return Cell(_digits(value, column.metric), value, tuple(interval) if interval else None)
+    if column.of != MEAN:
+        return Cell(_digits(value, column.metric), value)
+    bounds = (result.get("ci95") or {}).get(column.metric)
+    spread = (result.get("spread") or {}).get(column.metric)
+    text = _digits(value, column.metric) + ("" if spread is None else f" ± {_digits(spread, column.metric)}")
+    return Cell(text, value, tuple(bounds) if bounds else None, spread=spread)
 
 
 def _p_value(a: Run, b: Run, metric: str) -> float | None:
@@ -421,6 +474,8 @@ def _remarks(blocks: Sequence[Block], metric: str) -> list[str]:
         remarks.append(f"Columns of classes are {METRICS[metric]} where their table does not say otherwise.")
     if any(cell.best for cell in cells):
         remarks.append("Bold: the best of the rows with the same prompts in the same table.")
+    if any(cell.spread is not None for cell in cells):
+        remarks.append("±: standard deviation over the runs, or the draws of prompts, that a figure is the mean of.")
     if any(cell.interval for cell in cells):
         remarks.append("In brackets: 95 % interval over patients.")
     if any(column.metric == P for block in blocks for column in block.columns):

@@ -43,9 +43,7 @@ def csv_text(comparison: Comparison) -> str:
             for row in group.rows:
                 notes = " ".join(comparison.footnotes[number - 1] for number in row.notes)
                 said = (row.label, row.origin, group.prompts, "true" if group.oracle else "false", notes)
-                figures = {
-                    heading: _csv_field(row.cells[place], bound) for heading, place, bound in _csv_columns(block)
-                }
+                figures = {heading: _csv_field(row.cells[place], what) for heading, place, what in _csv_columns(block)}
                 writer.writerow(dict(zip(fixed, said, strict=True)) | figures)
     return file.getvalue()
 
@@ -124,19 +122,22 @@ def _md_cell(cell: Cell) -> str:
 # -------------------------------------------------------------------- CSV
 
 
-def _csv_columns(block: Block) -> list[tuple[str, int, int | None]]:
-    """(heading, place among the block's columns, None for the figure itself, 0 or 1 for its interval's bound)."""
-    columns: list[tuple[str, int, int | None]] = []
+def _csv_columns(block: Block) -> list[tuple[str, int, str]]:
+    """(heading, place among the block's columns, what of its cells: value, spread, low or high of the interval)."""
+    columns: list[tuple[str, int, str]] = []
     for place, column in enumerate(block.columns):
         metric = "" if column.of == MEAN or column.heading.endswith(METRICS[column.metric]) else METRICS[column.metric]
-        columns.append((f"{f'{column.heading} {metric}'.rstrip()} [{block.key}]", place, None))
-        if any(row.cells[place].interval for group in block.groups for row in group.rows):
-            columns += [(f"{column.heading} {end} [{block.key}]", place, n) for n, end in enumerate(("low", "high"))]
+        columns.append((f"{f'{column.heading} {metric}'.rstrip()} [{block.key}]", place, "value"))
+        cells = [row.cells[place] for group in block.groups for row in group.rows]
+        more = ["spread"] if any(cell.spread is not None for cell in cells) else []
+        more += ["low", "high"] if any(cell.interval for cell in cells) else []
+        columns += [(f"{column.heading} {what} [{block.key}]", place, what) for what in more]
     return columns
 
 
-def _csv_field(cell: Cell, bound: int | None) -> str:
-    value = cell.value if bound is None else cell.interval and cell.interval[bound]
+def _csv_field(cell: Cell, what: str) -> str:
+    low, high = cell.interval or (None, None)
+    value = {"value": cell.value, "spread": cell.spread, "low": low, "high": high}[what]
     return "" if value is None else repr(value)
 
 

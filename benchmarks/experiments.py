@@ -1,0 +1,141 @@
+"""Tables of trained models on real data, a data set at a time, in pieces that go on where they stopped.
+
+few-exemplars  Cheap Lunch with and without synthesis from few slices and many, the full set, and the weights untuned,
+               all with the same steps (one image each) at the same input size, one point a class and slice.
+
+Every row is fine-tuned and scored on the test cases in this process and written, case by case, as soon as it is done;
+rows that the JSON holds are not done again. The table, made by `compare`, is written beside it after each row. Nothing
+is chosen on these cases: the settings stand in this file. Seconds of training are told, but other jobs may have run.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from argparse import Namespace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from common import HERE, arguments, console, machine, progress, slug, versions
+
+from cheaplunch import runtime
+from cheaplunch.config import Prompting, build_config
+from cheaplunch.evaluation.comparison import Run, compare, mean_of_runs
+from cheaplunch.evaluation.formats import markdown
+from cheaplunch.files import write_text
+from cheaplunch.models.segmenter import build_segmenter, load_segmenter
+from cheaplunch.scoring import Assessment, assess
+from cheaplunch.training import finetune
+
+BUDGET = {"steps": 160, "warmup_steps": 16, "image_size": 112}
+FEWEST, THREE = 3, (0, 1, 2)  # seeds
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A row of a table: one model, or the mean of several that differ by their seed."""
+
+    label: str
+    method: str = "cheap-lunch"
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    seeds: tuple[int, ...] = (0,)
+    prompts: Prompting = Prompting()
+
+
+def few_exemplars(dataset: str) -> list[Trained]:
+    """Three seeds everywhere on hippocampus, elsewhere for the pair with the fewest exemplars."""
+    counts = {"hippocampus": (1, 5, 9, 36), "chaos": (1, 5, 10), "lgg": (3, 9, 45)}[dataset]
+    rows = [Trained("untuned", "zero-shot", {"image_size": BUDGET["image_size"]})]
+    for count in counts:
+        seeds = THREE if dataset == "hippocampus" or count == counts[0] else (0,)
+        noun = "exemplar" if count == 1 else "exemplars"
+        for words, real_share in (("without synthesis", {"real_share": 1.0}), ("with synthesis", {})):
+            settings = {**BUDGET, "exemplars": count, **real_share}
+            rows.append(Trained(f"{count} {noun}, {words}", "cheap-lunch", settings, seeds))
+    return [*rows, Trained("full set", "full-set", BUDGET, THREE if dataset == "hippocampus" else (0,))]
+
+
+TABLES = {"few-exemplars": few_exemplars}
+
+
+def main() -> None:
+    parser = arguments(__file__, __doc__)
+    parser.add_argument("table", choices=TABLES)
+    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="hippocampus, chaos or lgg")
+    parser.add_argument("--work", type=Path, metavar="DIR", help="keep the runs there (default: thrown away)")
+    parser.set_defaults(out=None)
+    options = parser.parse_args()
+    runtime.keep_freed_memory()
+    runtime.use_cores()
+    rows = TABLES[options.table](options.data.name)
+    out = options.out or HERE / "results" / f"{options.table}-{options.data.name}-{slug()}.json"
+    found: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))["rows"] if out.is_file() else {}
+    seeds = sorted({seed for row in rows for seed in row.seeds})
+    plan = [(row, seed) for seed in seeds for row in rows if seed in row.seeds]
+    for row, seed in progress([(row, seed) for row, seed in plan if place(row, seed) not in found], options.table):
+        found[place(row, seed)] = scored(row, seed, options)
+        write(out, options, found)
+        write_text(table(rows, found), out.with_suffix(".md"))
+    console.print(f"written: {out} and {out.with_suffix('.md').name}")
+
+
+def place(row: Trained, seed: int) -> str:
+    return f"{row.label}, seed {seed}"
+
+
+def scored(row: Trained, seed: int, options: Namespace) -> dict[str, Any]:
+    """The evaluation of a model trained now, with what its training took."""
+    config = build_config(row.method, {**row.settings, "data": options.data, "seed": seed})
+    device = runtime.pick_device(config.device)
+    precision = runtime.pick_precision(config.training.precision, device)
+    assessment = Assessment(options.data, row.prompts)
+    with tempfile.TemporaryDirectory() as scratch:
+        facts: dict[str, Any] = {}
+        if config.model.tuning == "none":
+            segmenter = build_segmenter(config.model)
+        else:
+            where = options.work / place(row, seed).replace(", ", "-").replace(" ", "-") if options.work else None
+            run = finetune(config, where or Path(scratch) / "run", resume=bool(where and where.exists()))
+            config = run.load_config()
+            said = json.loads(run.environment.read_text(encoding="utf-8"))
+            facts = {name: said[name] for name in ("training_seconds", "trained_parameters", "peak_memory_bytes")}
+            steps = [json.loads(line) for line in run.metrics.read_text(encoding="utf-8").splitlines()]
+            last = steps[-len(steps) // 4 :]
+            facts["loss_of_last_quarter"] = sum(step["loss"] for step in last) / len(last)
+            shutil.rmtree(run.checkpoint, ignore_errors=True)
+            segmenter = load_segmenter(config.model, run.adapter)
+        result = assess(segmenter.to(device), config, assessment, precision, Path(scratch) / "masks")["strict"]
+    kept = ("id", "patient", "class", "dice", "hd95", "iou", "nsd")
+    cases = [{name: shortened(case[name]) for name in kept if name in case} for case in result["cases"]]
+    return {**result, **facts, "seed": seed, "cases": cases}
+
+
+def shortened(value: Any) -> Any:
+    return round(value, 4) if isinstance(value, float) else value
+
+
+def write(out: Path, options: Namespace, found: Mapping[str, Any]) -> None:
+    """A line a row: the file is read by people, and differs by the rows that came."""
+    settings = {"table": options.table, "data": options.data.name, **BUDGET}
+    lines = [f"  {json.dumps(name)}: {json.dumps(row, separators=(',', ':'))}" for name, row in found.items()]
+    head = {"machine": machine(), "versions": versions(), "settings": settings}
+    body = json.dumps(head, indent=2)[:-2] + ',\n  "rows": {\n' + ",\n".join(lines) + "\n  }\n}\n"
+    write_text(body, out)
+
+
+def table(rows: list[Trained], found: Mapping[str, Any]) -> str:
+    """By `compare`; a row of which some seeds are there is the mean of those."""
+    runs = []
+    for row in rows:
+        there = {place(row, seed): found[place(row, seed)] for seed in row.seeds if place(row, seed) in found}
+        if there:
+            result = mean_of_runs(there) if len(there) > 1 else next(iter(there.values()))
+            runs.append(Run(row.label, row.label, result))
+    return markdown(compare(runs, tables=[]))
+
+
+if __name__ == "__main__":
+    main()
