@@ -37,8 +37,9 @@ def pick_exemplars(
     """`count` slices of `index` to learn from; raises UserError where there are not so many to choose from.
 
     The paper takes `most-classes` where there are several classes and `random` where there is one. `auto` is
-    `spread`, which taught more from as few slices on training cases held out (docs/results.md). A slice with
-    pixels that nobody decided on is never taken. `all` takes every other slice that is worth it, whatever `count`.
+    `spread`, which taught more from as few slices on training cases held out (docs/results.md), and `most-classes`
+    for a single one, which has to show them all. A slice with pixels that nobody decided on is never taken. `all`
+    takes every other slice that is worth it, whatever `count`.
 
     `volumes` gives case id → volume where a case may be a single slice of one: `most-classes` looks for the fullest
     slice of each volume.
@@ -54,7 +55,7 @@ def pick_exemplars(
     if strategy == "random":
         chosen = sorted(rng.choice(worth, size=count, replace=False).tolist())
         return [_key(index.slices[i]) for i in chosen]
-    if strategy == "most-classes":
+    if strategy == "most-classes" or (strategy == "auto" and count == 1):
         chosen = _most_classes(index, worth, count, rng, volumes or {})
     else:
         chosen = _spread(index, worth, count, rng)
