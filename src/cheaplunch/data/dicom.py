@@ -194,15 +194,21 @@ def _header(path: Path) -> Dataset:
             raise UserError(f"{path} is cut off or damaged, copy it again (it does not say what it is)")
         for _ in (*header.file_meta, *header.iterall()):  # each value is looked at only now
             pass
+        if "Image Storage" in _kind(header) and "SeriesInstanceUID" not in header:
+            raise UserError(f"{path} is cut off or damaged, copy it again (it does not say which series it is of)")
         return header
 
 
 def _is_image(header: Dataset) -> bool:
     """By its class too, so that an image cut off before its size counts as damaged and not as something else."""
-    kind = UID(str(header.get("SOPClassUID") or header.file_meta.get("MediaStorageSOPClassUID")))
     if "SeriesInstanceUID" not in header or header.get("Modality") in _NOT_IMAGES:
         return False
-    return "Rows" in header or "Image Storage" in kind.name
+    return "Rows" in header or "Image Storage" in _kind(header)
+
+
+def _kind(header: Dataset) -> str:
+    """The name of its class, which also stands before all else in the file."""
+    return UID(str(header.get("SOPClassUID") or header.file_meta.get("MediaStorageSOPClassUID"))).name
 
 
 def _planes(path: Path, header: Dataset) -> list[_Plane]:
