@@ -10,7 +10,7 @@ from cheaplunch.evaluation.papers import paper_tables
 from cheaplunch.reproduction import experiments, find_experiments, published_settings
 
 ROWS = [row for rows in experiments().values() for row in rows]
-COMING = {"samed", "att-unet"}
+PROMPT_FREE = {"samed", "attention-unet"}
 
 
 def by_address(row) -> str:
@@ -29,16 +29,11 @@ def test_all_rows_of_the_papers_six_tables_are_there_once_and_in_order():
 @pytest.mark.parametrize("row", ROWS, ids=by_address)
 def test_a_row_is_the_settings_of_a_run(row, tmp_path):
     assert row.settings.keys() <= settings().keys() | {"method"}
-    if row.offered:
-        config = row.config({})
-        save_config(config, tmp_path / "config.yaml")
-        assert load_config(tmp_path / "config.yaml") == config
-        assert config == build_config(row.method, {k: v for k, v in row.settings.items() if k != "method"})
-    else:
-        assert row.method in COMING
-        build_config("cheap-lunch", {k: v for k, v in row.settings.items() if k != "method"})  # each value can be had
-        with pytest.raises(UserError, match=f"--method {row.method} is not known"):
-            row.config({})
+    assert row.offered
+    config = row.config({})
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
+    assert config == build_config(row.method, {k: v for k, v in row.settings.items() if k != "method"})
     assert published_settings(row.address) == row.settings
 
 
@@ -53,7 +48,7 @@ def test_a_row_s_settings_are_what_its_label_says(row):
     else:
         assert (row.settings["method"], row.settings["backbone"]) == ("zero-shot", "sam-vit-h")
     drawn = "random" if row.table.number in (5, 6) else "furthest"
-    assert str(row.prompting) == ("auto" if row.method in COMING else drawn)
+    assert str(row.prompting) == ("auto" if row.method in PROMPT_FREE else drawn)
     assert "w/o" not in row.published.method or row.settings["real_share"] == 1
 
 
@@ -74,6 +69,18 @@ def test_what_the_paper_states_of_its_own_method(row):
         assert epochs == 160  # SAMed's, where the paper says nothing
     else:
         assert config.synthesis.synthetic == training.steps * training.batch_size
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row.method == "samed"], ids=by_address)
+def test_samed_is_trained_as_its_authors_did(row):
+    config = row.config({})
+    training, model = config.training, config.model
+    assert (training.ce_weight, training.dice_weight, training.learning_rate) == (0.2, 0.8, 0.005)
+    assert (training.batch_size, training.warmup_steps, training.weight_decay) == (24, 250, 0.1)
+    assert (training.decay, training.final_lr) == ("polynomial", pytest.approx(0.2**0.9, abs=5e-4))  # 160 of 200
+    assert (model.backbone, model.image_size, model.pixels) == ("sam-vit-b", 512, "as-they-are")
+    [ours] = {r.config({}).training.steps for r in ROWS if r.data == row.data and r.method == "cheap-lunch"}
+    assert training.steps == ours
 
 
 def test_rows_by_table_and_name():

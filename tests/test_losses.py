@@ -4,7 +4,7 @@ import pytest
 import torch
 from monai.losses import DiceCELoss
 
-from cheaplunch.losses import segmentation_loss
+from cheaplunch.losses import class_loss, segmentation_loss
 
 
 def test_by_hand():
@@ -50,3 +50,47 @@ def test_targets_come_to_coarser_outputs():
     logits = torch.where(torch.tensor([[True, False], [False, False]]), 40.0, -40.0)
     outputs = torch.stack([torch.zeros(2, 2), logits])[None]  # (1, 2, 2, 2)
     assert segmentation_loss(outputs, target, 1.0, 0.8).item() < 1e-6
+
+
+# ---- all classes at once
+
+
+def test_classes_by_hand():
+    # Two pixels, three outputs: probabilities 1/2 1/4 1/4 where class 1 is, 1/5 1/5 3/5 where the background is.
+    outputs = torch.tensor([[2.0, 1.0], [1.0, 1.0], [1.0, 3.0]]).log()[None, None, :, None]  # (1, 1, 3, 1, 2)
+    labels = torch.tensor([[[[1, 0]]]], dtype=torch.uint8)
+    cross_entropy = -(math.log(1 / 4) + math.log(1 / 5)) / 2
+    dice = [
+        1 - 2 * (1 / 5) / (1 / 4 + 1 / 25 + 1),  # background: ΣP² = 1/4 + 1/25, ΣT² = 1
+        1 - 2 * (1 / 4) / (1 / 16 + 1 / 25 + 1),
+        1,  # the batch does not show it, and it is seen
+    ]
+    for ce_weight, dice_weight in ((1, 0), (0, 1), (0.2, 0.8)):
+        loss = class_loss(outputs, labels, ce_weight, dice_weight)
+        assert loss.item() == pytest.approx(ce_weight * cross_entropy + dice_weight * sum(dice) / 3, abs=1e-4)
+
+
+def test_classes_parity_with_monai():
+    torch.manual_seed(0)
+    outputs = torch.randn(3, 1, 5, 9, 7) * 3
+    labels = torch.randint(5, (3, 1, 9, 7)).to(torch.uint8)
+    monai = DiceCELoss(
+        softmax=True,
+        to_onehot_y=True,
+        squared_pred=True,
+        batch=True,
+        lambda_ce=0.2,
+        lambda_dice=0.8,
+        smooth_nr=1e-5,
+        smooth_dr=1e-5,
+    )
+    expected = monai(outputs[:, 0], labels.long())
+    torch.testing.assert_close(class_loss(outputs, labels, 0.2, 0.8), expected, atol=1e-5, rtol=0)
+
+
+def test_labels_come_to_coarser_outputs_without_mixing_classes():
+    labels = torch.zeros(1, 1, 8, 8, dtype=torch.uint8)
+    labels[..., :4, :4], labels[..., 4:, 4:] = 3, 1
+    outputs = torch.full((1, 1, 4, 2, 2), -40.0)
+    outputs[0, 0, 3, 0, 0] = outputs[0, 0, 1, 1, 1] = outputs[0, 0, 0, 0, 1] = outputs[0, 0, 0, 1, 0] = 40.0
+    assert class_loss(outputs, labels, 1.0, 0.0).item() < 1e-6

@@ -8,8 +8,8 @@ import torch
 
 from cheaplunch.config import build_config, override
 from cheaplunch.errors import UserError
-from cheaplunch.learner import draw_work
 from cheaplunch.material import prepare, preview, write_set
+from cheaplunch.work import draw_work
 
 SMALL = {"image_size": 32, "exemplars": 2, "synthetic": 6, "device": "cpu"}
 

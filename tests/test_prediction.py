@@ -7,7 +7,7 @@ import torch
 from cheaplunch.config import Prompting
 from cheaplunch.data.cases import CaseSlices
 from cheaplunch.data.slices import Frame, as_rgb
-from cheaplunch.merging import Segmentation, merge_classes, smooth_across
+from cheaplunch.merging import Segmentation, merge_classes, smooth_across, smooth_scores
 from cheaplunch.prediction import Predictor, carry_click, segment_draws, segment_with_oracle
 from cheaplunch.prompts import Prompts, next_click, random_point
 
@@ -333,3 +333,24 @@ def test_only_slices_on_which_the_class_was_prompted_steady_it():
     assert smoothed[0].keys() == {1}
     label = Segmentation.of({1: found}, (3, 1, 1), keep=[1], step_mm=1.0, smooth_mm=0.4)
     assert label.label.ravel().tolist() == [1, 2, 1] and label.probabilities.shape == (1, 3, 1, 1)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 9])
+@pytest.mark.parametrize("step_mm", [0.4, 1.0, 9.0, None])
+def test_all_slices_are_steadied_with_as_few_in_memory_as_are_averaged(count, step_mm):
+    scores = np.log(np.random.default_rng(0).dirichlet(np.ones(3), (count, 2)).transpose(0, 2, 1))  # (N, 3, 2)
+    alive = []
+
+    def slices():
+        for score in scores:
+            alive.append(score)
+            yield score
+
+    reach = int(1.5 / step_mm) if step_mm and step_mm <= 1.5 else 0
+    for number, steadied in enumerate(smooth_scores(slices(), step_mm, smooth_mm=0.5)):
+        assert len(alive) == min(count, number + reach + 1)
+        near = range(max(0, number - reach), min(count, number + reach + 1))
+        weights = [np.exp(-0.5 * ((n - number) * (step_mm or 0) / 0.5) ** 2) for n in near]
+        expected = np.average(np.maximum(scores[list(near)], np.log(1e-4)), axis=0, weights=weights)
+        np.testing.assert_allclose(steadied, expected)
+    assert number == count - 1

@@ -17,13 +17,14 @@ from cheaplunch.data.cases import load_case
 from cheaplunch.data.layouts import open_dataset
 from cheaplunch.data.slices import Window
 from cheaplunch.errors import Stopped, UserError
-from cheaplunch.learner import draw_targets, learning_rate
+from cheaplunch.learner import learning_rate
 from cheaplunch.material import prepare
 from cheaplunch.models.lora import ADAPTER_FILE
 from cheaplunch.models.segmenter import load_segmenter
 from cheaplunch.prediction import Predictor, segment_with_oracle
 from cheaplunch.runs import RunFolder
 from cheaplunch.training import finetune
+from cheaplunch.work import draw_targets
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +78,12 @@ def test_learning_rate_rises_linearly_and_then_decays_exponentially():
 def test_learning_rate_without_warm_up():
     config = TrainingConfig(steps=3, warmup_steps=0, learning_rate=1.0, final_lr=0.25)
     assert [learning_rate(step, config) for step in range(3)] == pytest.approx([1, 0.5, 0.25])
+
+
+def test_samed_s_decay_is_cut_off_where_160_of_200_epochs_are():
+    config = TrainingConfig(steps=162, warmup_steps=1, learning_rate=1.0, final_lr=0.2**0.9, decay="polynomial")
+    rates = [learning_rate(step, config) for step in range(162)]
+    assert rates[1:] == pytest.approx([(1 - t / 200) ** 0.9 for t in range(161)])
 
 
 # ---- what each prompt asks for

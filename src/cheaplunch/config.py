@@ -1,7 +1,7 @@
 """Every setting once, with its unit, its default and where the papers speak of it.
 
 A run's `config.yaml` is these dataclasses, resolved; the command line is built from them, so that a
-flag, a line of YAML and a field are one thing. A method is a row of `METHODS`: named values for some of them.
+flag, a line of YAML and a field are one thing. A method is a row of `methods.METHODS`: named values for some of them.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ import yaml
 
 from cheaplunch.errors import UserError
 from cheaplunch.files import write_text
+from cheaplunch.methods import METHODS
 
 PromptKind = Literal["furthest", "random", "box", "clicks", "one-click", "text", "auto"]
-PROMPT_WORDS = ("furthest", "random", "box", "clicks:N", "one-click")
-"""What `--prompts` takes; no method takes text, or nothing at all, yet."""
+PROMPT_WORDS = ("furthest", "random", "box", "clicks:N", "one-click", "auto")
+"""What `--prompts` takes; no method takes text yet."""
 
 
 @dataclass(frozen=True)
@@ -109,8 +110,8 @@ class DataConfig:
     )
     strategy: Literal["auto", "spread", "most-classes", "random", "all"] = setting(
         "auto",
-        "how they are chosen: most-classes or random as in §3.2, or spread over the organs' heights (auto: spread); "
-        "all: every slice with foreground, whatever --exemplars says",
+        "how they are chosen: most-classes or random as in §3.2, or spread over the organs' heights (auto: spread, and "
+        "most-classes for a single one); all: every slice with foreground, whatever --exemplars says",
     )
     exemplar_file: Path | None = setting(None, "CSV with the columns case,slice that names the exemplars instead")
     classes: tuple[str, ...] | None = setting(
@@ -125,7 +126,8 @@ class ModelConfig:
     backbone: str = setting(
         "lite-medsam",
         "pretrained network: lite-medsam, mobile-sam, sam-vit-b, sam-vit-l, sam-vit-h, medsam-vit-b, "
-        "tiny-random (for tests), a folder with a transformers SAM, or a hub id (docs/backbones.md)",
+        "tiny-random (for tests), a folder with a transformers SAM, or a hub id (docs/backbones.md); "
+        "or a plain network without pretraining, by the name of its method (docs/methods.md)",
     )
     weights: Path | None = setting(
         None, "checkpoint of that backbone: a file, or a transformers folder; default: the published one"
@@ -135,13 +137,40 @@ class ModelConfig:
         "side of the square network input in px; default: 224 for lite-medsam, 448 for mobile-sam, 512 for the ViTs, "
         "half of it for images up to 96 px; zero-shot: as published (256; 1024 for all but lite-medsam)",
     )
-    tuning: Literal["lora", "none"] = setting("lora", "what is trained: LoRA with the decoder's outputs, or nothing")
+    pixels: Literal["as-pretrained", "as-they-are"] = setting(
+        "as-pretrained", "what the network sees: colours normalised as in its pretraining, or 0 to 1 as SAMed's"
+    )
+    head: Literal["two", "classes"] = setting(
+        "two",
+        "what comes out: background and target of each prompt (§2.2), or background and every class at once, "
+        "without prompts, as SAMed's",
+    )
+    class_names: tuple[str, ...] | None = setting(None, "what its outputs are, in their order; found in the data")
+    training_prompts: str = setting(
+        "point",
+        "what it learns to be asked with: point (§2.2), box, clicks:N (one to N of a simulated user who sees the "
+        "answers), or none (for the head classes)",
+    )
+    tuning: Literal["lora", "adapter", "decoder", "linear", "full", "none"] = setting(
+        "lora",
+        "what is trained: LoRA in the encoder beside the decoder, MSA's adapters in both, the decoder alone, one "
+        "linear layer on the encoder, the encoder in full beside the decoder, or nothing",
+    )
     lora_rank: int = setting(4, "rank r of the LoRA updates (§2.2)")
+    adapter_parts: tuple[str, ...] = setting(
+        ("encoder", "decoder", "prompt"),
+        "of MSA's parts (docs/msa.md): adapters in the encoder and in the decoder, the prompt in the decoder's first",
+    )
+    adapter_width: int = setting(64, "channels of an adapter's bottleneck (AdaptFormer's; MSA: not stated)")
+    adapter_scale: float = setting(0.1, "s of the adapters beside an MLP (AdaptFormer's; MSA: not stated)")
     decoder_tuning: Literal["lora", "frozen", "full"] = setting(
         "lora", "of the mask decoder's transformer: LoRA (§2.2), nothing, or all of it (SAMed's default)"
     )
     head_start: Literal["pretrained", "fresh"] = setting(
         "pretrained", "where the two outputs start: at SAM's own mask (zero-shot), or at random as SAMed's"
+    )
+    mask: Literal["single", "best"] = setting(
+        "single", "zero-shot: SAM's mask 0, made for one answer, or of its other three the one with the best score"
     )
     smooth_mm: float = setting(
         0.8,
@@ -193,10 +222,19 @@ class TrainingConfig:
     furthest_share: float = setting(
         0.5, "share of the training points that are furthest from the boundary, as a careful user clicks (paper: 0)"
     )
+    empty_share: float = setting(
+        0.0, "share of the images that are slices without organs; for networks without prompts, which must learn them"
+    )
+    augmentation: Literal["none", "samed"] = setting(
+        "none", "of every sample, synthesized or not, on top: samed is a quarter turn and a flip, or a small rotation"
+    )
     learning_rate: float = setting(2e-3, "of AdamW, at its top (§3.3: 0.001; see docs/results.md)")
     weight_decay: float = setting(0.01, "of AdamW, on everything but biases and norms (paper: not stated)")
     warmup_steps: int = setting(80, "steps in which the learning rate rises (§3.3: number not stated)")
-    final_lr: float = setting(0.05, "learning rate at the last step, relative, reached by exponential decay (§3.3)")
+    decay: Literal["exponential", "polynomial"] = setting(
+        "exponential", "how it falls after that (§3.3), or as SAMed's (1 − t/T)^0.9"
+    )
+    final_lr: float = setting(0.05, "learning rate at the last step, relative; of the polynomial where it is cut off")
     ce_weight: float = setting(1.0, "λ1 of the loss (§3.3)")
     dice_weight: float = setting(0.8, "λ2 of the loss (§3.3)")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = setting("auto", "auto: bf16 where the processor has it")
@@ -236,14 +274,6 @@ GROUPS: dict[str, type] = {
     "model": ModelConfig,
     "synthesis": SynthesisConfig,
     "training": TrainingConfig,
-}
-
-# A method is these values in place of the defaults above; flags and YAML still override them.
-METHODS: dict[str, dict[str, Any]] = {
-    "cheap-lunch": {},
-    "zero-shot": {"tuning": "none"},
-    # §3.4, "Full Set": all slices as they are, no set of a fixed size. So many samples are not drawn twice.
-    "full-set": {"strategy": "all", "real_share": 1.0, "synthetic": 1_000_000},
 }
 
 
@@ -286,6 +316,7 @@ def check(config: RunConfig) -> None:
         "--batch-size": config.training.batch_size,
         "--prompts-per-image": config.training.prompts_per_image,
         "--lora-rank": config.model.lora_rank,
+        "--adapter-width": config.model.adapter_width,
         "--learning-rate": config.training.learning_rate,
         "--checkpoint-every": config.training.checkpoint_every,
         "--final-lr": config.training.final_lr,
@@ -304,6 +335,7 @@ def check(config: RunConfig) -> None:
         "--flip": config.synthesis.flip,
         "--drop": config.synthesis.drop,
         "--furthest-share": config.training.furthest_share,
+        "--empty-share": config.training.empty_share,
     }.items():
         if not 0 <= share <= 1:
             raise UserError(f"{flag} is {share}; it is a share between 0 and 1")
@@ -311,8 +343,15 @@ def check(config: RunConfig) -> None:
         raise UserError(
             f"--accumulate {config.training.accumulate} does not divide --batch-size {config.training.batch_size}"
         )
+    if "depth" in config.model.adapter_parts:
+        raise UserError("--adapter-parts depth: training takes slices one by one, which depth learns nothing from")
     if config.training.patience and not config.training.validation_cases:
         raise UserError("--patience needs cases to look at; add --validation-cases N")
+    _check_model(config.model)
+    if config.training.empty_share and config.model.head != "classes":
+        raise UserError(
+            "--empty-share: nothing can be asked for on a slice without organs; it goes with --head classes"
+        )
     size = config.model.image_size
     if size is not None and (size < 32 or size % 8):
         raise UserError(f"--image-size is {size}; it must be a multiple of 8, at least 32")
@@ -324,6 +363,47 @@ def check(config: RunConfig) -> None:
     window = config.data.window
     if window is not None and window[0] >= window[1]:
         raise UserError(f"--window is {list(window)}; its first value must be the smaller one")
+
+
+def _check_model(model: ModelConfig) -> None:
+    kind, clicks = training_prompting(model)
+    if (
+        kind not in ("point", "box", "clicks", "none")
+        or clicks < 1
+        or (kind == "clicks") != (":" in model.training_prompts)
+    ):
+        raise UserError(f"--training-prompts {model.training_prompts} is not known; choose: point, box, clicks:N, none")
+    if (kind == "none") != (model.head == "classes") and model.tuning != "none":
+        fitting = "none" if model.head == "classes" else "point, box or clicks:N"
+        raise UserError(f"--head {model.head} goes with --training-prompts {fitting}, not {model.training_prompts}")
+    if model.tuning == "linear" and model.head != "classes":
+        raise UserError("--tuning linear takes no prompts; add --head classes --training-prompts none")
+    if model.mask == "best" and model.tuning != "none":
+        raise UserError("--mask best is of SAM as it is (--method zero-shot); a trained network has one answer")
+
+
+def training_prompting(model: ModelConfig) -> tuple[str, int]:
+    """The kind of the prompts in training, and the most clicks; 0 where what stands there means nothing."""
+    kind, colon, count = model.training_prompts.partition(":")
+    return kind, int(count) if count.isdecimal() else 0 if colon else 1
+
+
+def prompts_for(model: ModelConfig) -> str:
+    """What `--prompts` is where nothing is said: what the network was trained to be asked with."""
+    if model.tuning == "none":
+        return "furthest"
+    return {"point": "furthest", "none": "auto"}.get(model.training_prompts, model.training_prompts)
+
+
+def check_prompting(model: ModelConfig, prompting: Prompting) -> None:
+    """Raises UserError where the network cannot be asked so."""
+    free = model.head == "classes" and model.tuning != "none"
+    if free and prompting.kind != "auto":
+        raise UserError(f"--prompts {prompting}: the network takes no prompts; leave it out, or give --prompts auto")
+    if not free and prompting.kind in ("auto", "text"):
+        raise UserError(
+            f"--prompts {prompting}: the network has to be prompted; choose one of: {', '.join(PROMPT_WORDS[:-1])}"
+        )
 
 
 def as_values(config: RunConfig) -> dict[str, Any]:

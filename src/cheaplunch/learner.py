@@ -1,86 +1,26 @@
-"""One optimiser step: what it works on, and the network with everything that moves it."""
+"""The network in training, with everything that moves it."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib.util
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
-from torch import Tensor
+from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 
 from cheaplunch.checkpoints import restore_tensors, trained_tensors
-from cheaplunch.config import RunConfig, TrainingConfig
-from cheaplunch.data.slices import as_rgb
+from cheaplunch.config import RunConfig, TrainingConfig, training_prompting
 from cheaplunch.errors import UserError
-from cheaplunch.losses import segmentation_loss
-from cheaplunch.material import Material
+from cheaplunch.losses import class_loss, segmentation_loss
 from cheaplunch.models.segmenter import Segmenter, build_segmenter
-from cheaplunch.prompts import Prompts, training_points
 from cheaplunch.runtime import Precision, autocast, pick_device, pick_precision
-from cheaplunch.synthesis import derive_seed
+from cheaplunch.work import Work
 
-
-@dataclass(frozen=True, eq=False)
-class Work:
-    """What one process does in one step: B images with P prompts each."""
-
-    images: Tensor
-    """(B, 3, S, S) in [0, 1]."""
-    targets: Tensor
-    """(B, P, S, S) bool: the mask that each prompt asks for."""
-    prompts: Prompts
-    shown_px: Tensor
-    """Width and height (B, 2) that each image fills of its square."""
-
-    def parts(self, count: int) -> Iterator[Work]:
-        """The same in `count` equal parts of its images."""
-        size = len(self.images) // count
-        for start in range(0, len(self.images), size):
-            some = slice(start, start + size)
-            yield Work(self.images[some], self.targets[some], self.prompts[some], self.shown_px[some])
-
-    def to(self, device: torch.device) -> Work:
-        images, targets, shown_px = (_send(t, device) for t in (self.images, self.targets, self.shown_px))
-        return Work(images, targets, self.prompts.to(device), shown_px)
-
-
-def draw_work(material: Material, step: int, offsets: Sequence[int]) -> Work:
-    """Images number `offsets` of the batch of `step`, with what each prompt asks for and where it points."""
-    config, seed = material.config, material.config.seed
-    number = [(step * config.training.batch_size + offset) % config.synthesis.synthetic for offset in offsets]
-    batch = material.samples(number)
-    targets, points = [], []
-    for label, offset in zip(batch.labels.cpu(), offsets, strict=True):
-        generator = torch.Generator().manual_seed(derive_seed(seed, "prompts", step, offset))
-        targets.append(draw_targets(label, config.training.prompts_per_image, material.pool.classes, generator))
-        points.append(training_points(targets[-1], generator, config.training.furthest_share))
-    return Work(as_rgb(batch.images), torch.stack(targets), Prompts.of_points(torch.stack(points)), batch.sizes)
-
-
-def draw_targets(label: Tensor, count: int, classes: int, generator: torch.Generator) -> Tensor:
-    """Which mask each prompt asks for: label (S, S) → (count, S, S) bool.
-
-    The paper draws one class a sample (§2.2). Here the classes of a slice are drawn without repetition, and again
-    from the start where `count` exceeds them, so that one pass of the encoder serves them all.
-    """
-    present = torch.tensor([k for k in range(1, classes + 1) if (label == k).any()], dtype=label.dtype)
-    drawn: list[Tensor] = []
-    while sum(map(len, drawn)) < count:
-        drawn.append(present[torch.randperm(len(present), generator=generator)])
-    return label[None] == torch.cat(drawn)[:count, None, None]
-
-
-def _send(tensor: Tensor, device: torch.device) -> Tensor:
-    """Through pinned memory, so that the copy runs beside the computation."""
-    if device.type == "cuda" and tensor.device.type == "cpu":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+POWER = 0.9  # of SAMed's decay
 
 
 class Learner:
@@ -98,6 +38,10 @@ class Learner:
             network.checkpoint_encoder()
         if self.config.compile:
             network.vision_encoder.compile()
+        self.loss_of = class_loss if self.segmenter.head == "classes" else segmentation_loss
+        self.draws = any(
+            getattr(module, "p", 0) for module in self.segmenter.modules() if "Drop" in type(module).__name__
+        )
         self.optimizer = build_optimizer(self.segmenter, self.config)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         self.parallel = accelerator.prepare_model(self.segmenter)
@@ -117,9 +61,9 @@ class Learner:
             last = part is parts[-1]
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.parallel):
                 # Not accelerate's autocast: its state is one a process, and a second run may want another precision.
-                with autocast(self.device, self.precision):
-                    outputs = self.parallel(part.images, part.prompts, part.shown_px)  # (B, P, 2, S, S)
-                loss = segmentation_loss(outputs, part.targets, self.config.ce_weight, self.config.dice_weight)
+                with self._drawing(part.seed), autocast(self.device, self.precision):
+                    outputs = self.parallel(part.images, part.prompts, part.shown_px)  # (B, P, O, S, S)
+                loss = self.loss_of(outputs, part.targets, self.config.ce_weight, self.config.dice_weight)
                 loss = loss / len(parts)
                 self.scaler.scale(loss).backward()
             total += loss.detach()
@@ -129,6 +73,16 @@ class Learner:
             self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return mean
+
+    @contextlib.contextmanager
+    def _drawing(self, seed: int) -> Iterator[None]:
+        """What the network itself draws follows from the step, as all else does."""
+        if not self.draws:
+            yield
+            return
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            yield
 
     def state(self) -> dict[str, Any]:
         """All that later steps depend on, but for the number of the step."""
@@ -159,10 +113,16 @@ def build_optimizer(segmenter: torch.nn.Module, config: TrainingConfig) -> torch
 
 
 def learning_rate(step: int, config: TrainingConfig) -> float:
-    """Linear warm-up, then exponential decay to `final_lr` of the top at the last step (§3.3)."""
+    """Linear warm-up, then exponential decay to `final_lr` of the top at the last step (§3.3).
+
+    Or as SAMed's (1 − t/T)^0.9, of which the last step is where it has fallen to `final_lr`: 0.235 is 160 of 200
+    epochs.
+    """
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
     share = (step - config.warmup_steps) / max(1, config.steps - 1 - config.warmup_steps)
+    if config.decay == "polynomial":
+        return config.learning_rate * (1 - share * (1 - config.final_lr ** (1 / POWER))) ** POWER
     return config.learning_rate * config.final_lr**share
 
 
@@ -174,6 +134,7 @@ def start_processes(config: RunConfig, out: Path) -> Accelerator:
     accelerator = Accelerator(
         cpu=pick_device(config.device).type == "cpu",
         log_with=None if tracker == "none" else tracker,
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=_leaves_some(config))],
         project_config=ProjectConfiguration(str(out), logging_dir=str(out / tracker)),
     )
     shares = accelerator.num_processes * config.training.accumulate
@@ -183,3 +144,8 @@ def start_processes(config: RunConfig, out: Path) -> Accelerator:
             f"{config.training.accumulate} parts each; give a multiple of {shares}"
         )
     return accelerator
+
+
+def _leaves_some(config: RunConfig) -> bool:
+    """Whether a step may leave a trained tensor without gradient: SAMed's, and those of a second click."""
+    return config.model.head == "classes" or training_prompting(config.model)[0] == "clicks"

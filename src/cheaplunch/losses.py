@@ -1,7 +1,8 @@
-"""L = λ1 · cross-entropy + λ2 · Dice (Cheap Lunch §3.3)."""
+"""L = λ1 · cross-entropy + λ2 · Dice (Cheap Lunch §3.3): of a prompt's target, or of all classes at once (SAMed)."""
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -14,8 +15,7 @@ def segmentation_loss(outputs: Tensor, targets: Tensor, ce_weight: float, dice_w
     the squares; cross-entropy is over both outputs, per pixel.
     """
     flat, truth = outputs.flatten(0, -4), targets.flatten(0, -3)  # (M, 2, h, w), (M, H, W)
-    if truth.shape[-2:] != flat.shape[-2:]:
-        truth = F.interpolate(truth[:, None].float(), flat.shape[-2:], mode="nearest-exact")[:, 0] > 0.5  # (M, h, w)
+    truth = _at(truth, flat.shape[-2:])  # (M, h, w)
     cross_entropy = F.cross_entropy(flat, truth.long())
     probability = flat.softmax(dim=1)[:, 1]  # (M, h, w)
     truth = truth.to(probability.dtype)
@@ -23,3 +23,31 @@ def segmentation_loss(outputs: Tensor, targets: Tensor, ce_weight: float, dice_w
     total = probability.sum(dim=(1, 2)) + truth.sum(dim=(1, 2))
     dice = 1 - 2 * overlap / total.clamp(min=1e-6)
     return ce_weight * cross_entropy + dice_weight * dice.mean()
+
+
+def class_loss(outputs: Tensor, labels: Tensor, ce_weight: float, dice_weight: float) -> Tensor:
+    """Outputs (…, K + 1, h, w), background first, against label maps (…, H, W) of 0…K, uint8: a scalar.
+
+    As SAMed's: cross-entropy per pixel, and the mean over all outputs, the background among them, of soft Dice over
+    the whole batch with squares, 1 − 2 ΣPT / (ΣP² + ΣT²). A class that the batch does not show has a Dice loss of 1
+    as soon as it is seen anywhere at all.
+    """
+    flat, truth = outputs.flatten(0, -4), labels.flatten(0, -3)  # (B, K + 1, h, w), (B, H, W)
+    truth = _at(truth, flat.shape[-2:]).long()
+    cross_entropy = F.cross_entropy(flat, truth)
+    probability = flat.softmax(dim=1)
+    shown = F.one_hot(truth, flat.shape[1]).movedim(-1, 1).to(probability.dtype)  # (B, K + 1, h, w)
+    overlap = (probability * shown).sum(dim=(0, 2, 3))
+    total = probability.square().sum(dim=(0, 2, 3)) + shown.sum(dim=(0, 2, 3))
+    dice = 1 - (2 * overlap + SMOOTH) / (total + SMOOTH)
+    return ce_weight * cross_entropy + dice_weight * dice.mean()
+
+
+SMOOTH = 1e-5  # SAMed's
+
+
+def _at(targets: Tensor, shape: torch.Size) -> Tensor:
+    """Masks or label maps (M, H, W) at the outputs' own pixels (M, h, w)."""
+    if targets.shape[-2:] == shape:
+        return targets
+    return F.interpolate(targets[:, None].float(), shape, mode="nearest-exact")[:, 0].to(targets.dtype)

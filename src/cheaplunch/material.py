@@ -29,7 +29,7 @@ from cheaplunch.exemplars import (
     require_every_class,
     write_exemplars,
 )
-from cheaplunch.models.backbones import get_backbone
+from cheaplunch.models.segmenter import training_size_px
 from cheaplunch.runtime import pick_device
 from cheaplunch.sample_sets import StoredSamples, open_samples, write_samples
 from cheaplunch.synthesis import (
@@ -49,7 +49,7 @@ SMALL_IMAGE_PX = 96  # up to here the backbone's input is halved: enlarging furt
 class Material:
     """Everything that training draws from, and what was learned about the data on the way."""
 
-    config: RunConfig  # resolved: window and image size filled in
+    config: RunConfig  # resolved: window, image size and names of classes filled in
     dataset: Dataset
     index: SliceIndex
     exemplars: list[SliceKey]
@@ -144,7 +144,8 @@ def prepare(config: RunConfig, progress: Progress | None = None) -> Material:
     pool = Pool(images, labels, backgrounds, sizes, background_sizes, len(numbers), not free, paired)
     fixed = None if window.low is None or window.high is None else (window.low, window.high)
     data = replace(config.data, window=fixed, exemplars=len(exemplars))
-    resolved = replace(config, data=data, model=replace(config.model, image_size=size))
+    names = tuple(dataset.labels) if config.model.head == "classes" else None
+    resolved = replace(config, data=data, model=replace(config.model, image_size=size, class_names=names))
     material = Material(resolved, dataset, index, exemplars, pool, split_validation(config, dataset)[1])
     return material if config.synthesis.synthetic_set is None else replace(material, stored=_open_set(material))
 
@@ -238,7 +239,7 @@ def _load_slices(keys: list[SliceKey], cases: dict[str, Case], dataset: Dataset,
 
 def _image_size(config: RunConfig, images: Iterable[np.ndarray]) -> int:
     """What the backbone trains at: half of it where every image (C, H, W) is small."""
-    full = get_backbone(config.model.backbone).training_size_px
+    full = training_size_px(config.model.backbone)
     longest = max(max(image.shape[-2:]) for image in images)
     return full // 2 if longest <= SMALL_IMAGE_PX else full
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -67,12 +67,11 @@ def smooth_across(found: Found, step_mm: float | None, smooth_mm: float) -> Iter
     class was prompted count. An organ's boundary goes on from slice to slice, the errors of slices that are looked at
     one by one do not. Where slices are further apart, or have no distance (None), they come as they are.
     """
-    if not step_mm or step_mm > 3 * smooth_mm:
+    weights = slice_weights(step_mm, smooth_mm)
+    if len(weights) == 1:
         yield from found.items()
         return
-    reach = int(3 * smooth_mm / step_mm)
     logits = {number: {k: _logit(p) for k, p in classes.items()} for number, classes in found.items()}
-    weights = {away: math.exp(-0.5 * (away * step_mm / smooth_mm) ** 2) for away in range(-reach, reach + 1)}
     for number, classes in logits.items():
         steadied = {}
         for k in classes:
@@ -82,7 +81,39 @@ def smooth_across(found: Found, step_mm: float | None, smooth_mm: float) -> Iter
         yield number, steadied
 
 
+def smooth_scores(scores: Iterable[np.ndarray], step_mm: float | None, smooth_mm: float) -> Iterator[np.ndarray]:
+    """As `smooth_across`, of slices in their order with the logarithms of all outputs' probabilities, (K + 1, h, w).
+
+    Takes no more of them into memory than are averaged.
+    """
+    weights = slice_weights(step_mm, smooth_mm)
+    reach, near = max(weights), dict[int, np.ndarray]()
+
+    def mean(number: int) -> np.ndarray:
+        taken = {away: w for away, w in weights.items() if number + away in near}
+        return np.sum([w * near[number + away] for away, w in taken.items()], axis=0) / sum(taken.values())
+
+    for number, score in enumerate(scores):
+        near[number] = np.maximum(score, math.log(CERTAIN))
+        if number >= reach:
+            yield mean(number - reach)
+            near.pop(number - 2 * reach, None)
+    last = max(near, default=-1)
+    for number in range(max(0, last + 1 - reach), last + 1):
+        yield mean(number)
+
+
+def slice_weights(step_mm: float | None, smooth_mm: float) -> dict[int, float]:
+    """How much the slice so many further counts: {0: 1} where no other is near enough."""
+    if not step_mm or step_mm > 3 * smooth_mm:
+        return {0: 1.0}
+    reach = int(3 * smooth_mm / step_mm)
+    return {away: math.exp(-0.5 * (away * step_mm / smooth_mm) ** 2) for away in range(-reach, reach + 1)}
+
+
+CERTAIN = 1e-4  # probabilities are taken this far from 0 and 1, so that one slice does not outvote its neighbours
+
+
 def _logit(probability: np.ndarray) -> np.ndarray:
-    """Bounded, so that one certain slice does not outvote its neighbours."""
-    bounded = np.clip(probability, 1e-4, 1 - 1e-4)
+    bounded = np.clip(probability, CERTAIN, 1 - CERTAIN)
     return np.log(bounded / (1 - bounded))

@@ -8,10 +8,11 @@ from pathlib import Path
 
 from cheaplunch.checkpoints import require_space
 from cheaplunch.config import RunConfig
-from cheaplunch.learner import Learner, draw_work, start_processes
+from cheaplunch.learner import Learner, start_processes
 from cheaplunch.material import prepare
 from cheaplunch.runtime import peak_memory_bytes
 from cheaplunch.training import validate
+from cheaplunch.work import draw_work
 
 WARM_STEPS, TIMED_STEPS = 2, 6
 

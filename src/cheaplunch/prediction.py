@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from cheaplunch.config import Prompting, PromptKind
 from cheaplunch.data.cases import CaseSlices
 from cheaplunch.data.slices import Frame, as_rgb
-from cheaplunch.merging import Found, Segmentation
+from cheaplunch.merging import Found, Segmentation, smooth_scores
 from cheaplunch.models.segmenter import Segmenter
 from cheaplunch.prompts import Prompts, SimulatedUser, furthest_point, jitter_point, oracle_prompts
 from cheaplunch.runtime import Precision, autocast
@@ -68,6 +69,12 @@ class Predictor:
         with autocast(self.device, self._precision):
             return self.segmenter.foreground(embedded.embedding, prompts.to(self.device))[0]
 
+    @torch.inference_mode()
+    def classes(self, embedded: Embedded) -> Tensor:
+        """Logits (K + 1, s, s) of the background and of every class, by a network without prompts."""
+        with autocast(self.device, self._precision):
+            return self.segmenter.classes(embedded.embedding)[0]
+
 
 def on_slice(embedded: Embedded, logits: Tensor) -> np.ndarray:
     """(P, s, s) logits on the network's square → (P, H, W) probabilities on the slice's own pixels."""
@@ -92,12 +99,16 @@ def segment_draws(
     prompting: Prompting,
     rngs: Sequence[np.random.Generator],
     keep: Sequence[int] = (),
+    numbers: Sequence[int] = (),
 ) -> list[Segmentation]:
     """A labelled case, prompted from its truth once with each of `rngs`; probabilities of the classes `keep` are kept.
 
     The prompts also tell which classes a slice has: slices without any stay empty, and are not looked at. So do
-    results say. With one-click they tell it of the volume alone (`carry_click`).
+    results say. With one-click they tell it of the volume alone (`carry_click`). With auto there are none, and
+    `numbers` are what the network's classes are called (`segment_auto`).
     """
+    if prompting.kind == "auto":
+        return [segment_auto(predictor, case, numbers, keep)] * len(rngs)
     truth = _truth(case)
     if prompting.kind == "one-click":
         return [carry_click(predictor, case, rng, prompting.point_jitter_px, keep) for rng in rngs]
@@ -117,6 +128,34 @@ def segment_draws(
                 for clicks, probabilities in answers.items():
                     found[clicks][number] = dict(zip(classes, probabilities, strict=True))
     return [Segmentation.of(found, truth.shape, keep, case.step_mm, predictor.smooth_mm) for found in drawn]
+
+
+def segment_auto(
+    predictor: Predictor, case: CaseSlices, numbers: Sequence[int], keep: Sequence[int] = ()
+) -> Segmentation:
+    """Every slice of a case, labelled or not, by a network of classes, whose outputs 1…K are called `numbers`.
+
+    A pixel is what is likeliest there, the background among it. Slices of a volume steady each other as they do where
+    they are prompted: the logarithms of probabilities are averaged.
+    """
+    (count, _, height, width), outputs = case.image.shape, (0, *numbers)
+    frame, shape = Frame(height, width, predictor.segmenter.image_size_px), (count, height, width)
+    label, probabilities = np.zeros(shape, np.uint8), np.zeros((len(keep), *shape), np.float16)
+    scores = smooth_scores(_scores(predictor, case.image), case.step_mm, predictor.smooth_mm)
+    for number, score in enumerate(scores):
+        likely = frame.from_model(torch.from_numpy(score)).softmax(dim=0).numpy()  # (K + 1, H, W)
+        label[number] = np.array(outputs, np.uint8)[likely.argmax(axis=0)]
+        for place, k in enumerate(keep):
+            if k in numbers:
+                probabilities[place, number] = likely[outputs.index(k)]
+    return Segmentation({1: label}, probabilities)
+
+
+def _scores(predictor: Predictor, images: np.ndarray) -> Iterator[np.ndarray]:
+    """Slices (N, C, H, W) → of each the logarithms of its outputs' probabilities, (K + 1, s, s)."""
+    for start in range(0, len(images), ENCODED_AT_ONCE):
+        for embedded in predictor.embed(images[start : start + ENCODED_AT_ONCE]):
+            yield predictor.classes(embedded).log_softmax(dim=0).cpu().numpy()
 
 
 def reported_clicks(prompting: Prompting) -> list[int]:
@@ -182,40 +221,74 @@ def carry_click(
     """
     truth = _truth(case)
     classes = _classes(truth)
-    found: Found = {}
     home = {k: int((truth == k).sum(axis=(1, 2)).argmax()) for k in classes}  # class → slice of its click
     first, last = min(home.values(), default=0), max(home.values(), default=0)
     embedded_between: dict[int, Embedded] = {}  # what both directions may pass
 
-    def ask(
-        number: int, points: dict[int, tuple[float, float]], before: dict[int, np.ndarray]
-    ) -> dict[int, np.ndarray]:
-        """Class → its mask (H, W) on slice `number`, from a point on it; where `before` has one, only one like it."""
+    def ask(number: int, points: dict[int, tuple[float, float]]) -> dict[int, np.ndarray]:
+        """Class → its probability (H, W) on slice `number`, from a point on it."""
         embedded = embedded_between.get(number) or predictor.embed(case.image[number : number + 1])[0]
         if first <= number <= last:
             embedded_between[number] = embedded
         points_xy = torch.tensor([list(points.values())], dtype=torch.float64)  # (1, P, 2)
         prompts = Prompts.of_points(embedded.frame.point_to_model(points_xy).float())
-        answers = zip(points, predictor.probabilities(embedded, prompts), strict=True)
-        taken = {k: p for k, p in answers if k not in before or _iou(p > 0.5, before[k]) >= CARRIED_IOU}
-        found.setdefault(number, {}).update(taken)
-        return {k: probability > 0.5 for k, probability in taken.items()}
+        return dict(zip(points, predictor.probabilities(embedded, prompts), strict=True))
 
     clicks = {
         k: jitter_point(furthest_point(truth[number] == k), truth.shape[1:], jitter_px, rng)
         for k, number in home.items()
     }
-    clicked: dict[int, np.ndarray] = {}  # class → its mask under the user's click
-    for number in sorted(set(home.values())):
-        clicked |= ask(number, {k: clicks[k] for k in classes if home[k] == number}, {})
-    smallest = {k: max(1, CARRIED_SHARE * mask.sum()) for k, mask in clicked.items()}
-    for ahead, numbers in ((1, range(first + 1, len(truth))), (-1, range(last - 1, -1, -1))):
-        carried: dict[int, np.ndarray] = {}
-        for number in numbers:
-            carried |= {k: mask for k, mask in clicked.items() if home[k] == number - ahead}
-            points = {k: furthest_point(mask) for k, mask in carried.items() if mask.sum() >= smallest[k]}
-            carried = ask(number, points, carried) if points else {}
+    found = {n: ask(n, {k: clicks[k] for k in classes if home[k] == n}) for n in sorted(set(home.values()))}
+    for number, taken in carry(found, len(truth), ask, lambda probability: probability > 0.5).items():
+        found[number] = found.get(number, {}) | taken
     return Segmentation.of({1: found}, truth.shape, keep, case.step_mm, predictor.smooth_mm)
+
+
+Carried = TypeVar("Carried")
+
+
+def carry(
+    seeds: Mapping[int, Mapping[int, Carried]],
+    count: int,
+    ask: Callable[[int, dict[int, tuple[float, float]]], Mapping[int, Carried]],
+    mask_of: Callable[[Carried], np.ndarray],
+    reach: int | None = None,
+) -> dict[int, dict[int, Carried]]:
+    """From prompted slices to those around, slice number → class → what was found; `seeds` are not among them.
+
+    Of `count` slices some have `seeds`, what the user's own prompts found. From each in both directions a class is
+    asked for by the point furthest from the boundary of its mask on the slice before: `ask` takes a slice number and
+    class → (x, y). A network that was trained with points on the target
+    finds something wherever it is pointed at, so that a class does not end by itself: it ends at the volume's end,
+    before a mask that is empty or overlaps the one before by less than CARRIED_IOU, or after one that is smaller than
+    CARRIED_SHARE of the one it set out from; also at a slice with a seed of its own, and after `reach` slices. A slice
+    that is reached from two seeds takes what the nearer one found.
+    """
+    reached: dict[int, dict[int, tuple[int, Carried]]] = {}  # with the distance to the seed
+    for ahead in (1, -1):
+        masks: dict[int, np.ndarray] = {}  # class → on the slice before, (H, W)
+        away: dict[int, int] = {}
+        smallest: dict[int, float] = {}
+        for number in range(count)[::ahead]:
+            own = seeds.get(number, {})
+            points = {
+                k: furthest_point(mask)
+                for k, mask in masks.items()
+                if k not in own and mask.sum() >= smallest[k] and (reach is None or away[k] < reach)
+            }
+            before, masks = masks, {}
+            for k, found in (ask(number, points) if points else {}).items():
+                mask = mask_of(found)
+                if _iou(mask, before[k]) < CARRIED_IOU:
+                    continue
+                masks[k], away[k] = mask, away[k] + 1
+                there = reached.setdefault(number, {})
+                if k not in there or away[k] < there[k][0]:
+                    there[k] = (away[k], found)
+            for k, found in own.items():
+                masks[k], away[k] = mask_of(found), 0
+                smallest[k] = max(1, CARRIED_SHARE * masks[k].sum())
+    return {number: {k: found for k, (_, found) in classes.items()} for number, classes in reached.items()}
 
 
 def _truth(case: CaseSlices) -> np.ndarray:

@@ -20,6 +20,7 @@ from cheaplunch.evaluation.protocols import PROTOCOLS
 from cheaplunch.evaluation.tables import describe_prompts
 from cheaplunch.figures import class_colours, training_curves
 from cheaplunch.files import write_text
+from cheaplunch.models.baselines import BASELINES
 from cheaplunch.pages import render
 from cheaplunch.report_cases import MODES, ROLES, Verdict, rank_cases
 from cheaplunch.runs import RunFolder
@@ -302,7 +303,7 @@ def _notes(config: RunConfig, environment: Mapping, evaluations: list[Evaluation
     """What a reader must know to take the figures for what they are."""
     points = any("point" in words for evaluation in evaluations for words in evaluation.prompts.values())
     return [
-        _CONTAMINATION,
+        *([] if config.model.backbone in BASELINES else [_CONTAMINATION]),
         *([_BOXES_ONLY] if points and config.model.backbone == "lite-medsam" else []),
         *([_FILLED] if environment.get("backgrounds_filled") else []),
         *environment.get("notes", []),

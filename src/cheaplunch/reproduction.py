@@ -74,8 +74,11 @@ class Experiment:
     def config(self, given: Mapping[str, Any]) -> RunConfig:
         """The run, with `given` settings in place of its own; another number of steps scales the warm-up too.
 
-        Where nothing is trained, what is given of training is left out.
+        Where nothing is trained, what is given of training is left out; where the method is a network of its own,
+        the backbone is.
         """
+        if "backbone" in METHODS.get(self.method, {}):
+            given = {name: value for name, value in given.items() if name not in ("backbone", "weights")}
         if METHODS.get(self.method, {}).get("tuning") == "none":
             of_training = {name for name, (group, _) in settings().items() if group in ("synthesis", "training")}
             given = {name: value for name, value in given.items() if name not in of_training - {"precision"}}

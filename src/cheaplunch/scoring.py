@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from cheaplunch import processes
-from cheaplunch.config import Prompting, RunConfig
+from cheaplunch.config import Prompting, RunConfig, check_prompting
 from cheaplunch.data.cases import load_case, read_checked
 from cheaplunch.data.layouts import Case, Dataset, open_dataset
 from cheaplunch.data.slices import Window, from_slices
@@ -78,6 +78,20 @@ def zero_shot_of(config: RunConfig) -> RunConfig:
     return replace(config, method="zero-shot", model=replace(config.model, tuning="none"))
 
 
+def output_numbers(config: RunConfig, dataset: Dataset) -> list[int]:
+    """The labels of `dataset` that a network of classes answers with, in the order of its outputs.
+
+    Raises UserError where the two do not have the same classes.
+    """
+    names = config.model.class_names or ()
+    if set(names) != set(dataset.labels):
+        raise UserError(
+            f"--data {dataset.root} has the classes {', '.join(dataset.labels)}, but the network answers with "
+            f"{', '.join(names)}; give data with these"
+        )
+    return [dataset.labels[name] for name in names]
+
+
 def assess(
     segmenter: Segmenter,
     config: RunConfig,
@@ -88,19 +102,22 @@ def assess(
 ) -> dict[str, dict]:
     """Predicts every labelled test case into `masks`; protocol → the JSON of DESIGN §1.
 
-    Scores are of the merged label maps as written; of several draws of prompts the first is. Under `accelerate launch`
+    Scores are of the merged label maps as written; of several draws of prompts the first is. UserError where the
+    network cannot be asked as `assessment` wants. Under `accelerate launch`
     or `torchrun` the processes share the cases and each returns the whole.
     """
+    check_prompting(config.model, assessment.prompting)
     dataset, window = open_for_scoring(config, assessment)
     predictor = Predictor(segmenter, precision, config.model.smooth_mm)
     axis = config.data.axis
+    numbers = output_numbers(config, dataset) if assessment.prompting.kind == "auto" else []
     needed = any(find_protocol(name).needs_probabilities for name in assessment.protocols)
     keep = list(dataset.labels.values()) if needed else []
 
     def predict(case: Case) -> Answer:
         loaded = load_case(case, dataset, window, axis)
         rngs = [np.random.default_rng(_prompt_seed(assessment, case, draw)) for draw in range(assessment.draws)]
-        drawn = segment_draws(predictor, loaded, assessment.prompting, rngs, keep)
+        drawn = segment_draws(predictor, loaded, assessment.prompting, rngs, keep, numbers)
         masks.mkdir(parents=True, exist_ok=True)
         write_mask(from_slices(drawn[0].label, axis), loaded.volume, masks / case.mask_name)
         truth: np.ndarray = loaded.label  # pyright: ignore[reportAssignmentType]
@@ -117,6 +134,8 @@ def assess(
     if config.model.tuning != "none" and config.data.exemplar_file is None:
         about["exemplars"] = config.data.exemplars
     about["smooth_mm"] = config.model.smooth_mm
+    if config.model.mask != "single":
+        about["mask"] = config.model.mask
     return _score(dataset, assessment, predict, about, predictor.device.type == "cpu", progress)
 
 

@@ -168,6 +168,15 @@ def draw(pool: Pool, config: SynthesisConfig, generator: torch.Generator) -> Pla
     return Plan(exemplar, background, ground, organs, tuple(order[stays].tolist()), tuple(order.tolist()))
 
 
+def draw_empty(pool: Pool, config: SynthesisConfig, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """A slice without organs, transformed as a whole: (C, S, S), and its width and height (2,)."""
+    number = _integer(len(pool.backgrounds), generator)
+    size, side = pool.background_sizes[number], pool.images.shape[-1]
+    ground = draw_transforms(_middle(size, pool), config, generator)
+    [image], _ = transform(pool.backgrounds[number][None], ground, [(0, 0)], (side, side), config, whole=True)
+    return image, size
+
+
 def draw_transforms(
     centres: Tensor, config: SynthesisConfig, generator: torch.Generator, paired: Sequence[int] = ()
 ) -> Transforms:

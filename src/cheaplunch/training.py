@@ -24,17 +24,18 @@ from accelerate import Accelerator
 
 from cheaplunch import processes
 from cheaplunch.checkpoints import Checkpoints, require_space, restore_tensors, trained_tensors
-from cheaplunch.config import RunConfig, TrainingConfig, as_values, save_config
+from cheaplunch.config import RunConfig, TrainingConfig, as_values, prompts_for, read_prompting, save_config
 from cheaplunch.errors import Stopped, UserError
 from cheaplunch.exemplars import write_exemplars
 from cheaplunch.figures import batch_sheet, synthesis_sheet
 from cheaplunch.files import clear_unfinished, write_json, write_text
-from cheaplunch.learner import Learner, Work, draw_work, learning_rate, start_processes
+from cheaplunch.learner import Learner, learning_rate, start_processes
 from cheaplunch.material import Material, prepare, preview
 from cheaplunch.models.lora import save_adapter
-from cheaplunch.prediction import Predictor, segment_with_oracle
+from cheaplunch.prediction import Predictor, segment_draws
 from cheaplunch.runs import RunFolder, describe_environment
 from cheaplunch.runtime import peak_memory_bytes
+from cheaplunch.work import Work, draw_work
 
 Progress = Callable[[int, int, dict[str, float]], None]
 """Told (steps done, of how many, {"loss", "images_per_s", …}) after each step."""
@@ -72,6 +73,7 @@ def finetune(
     facts = {
         "dataset": material.dataset.name,
         "data_fingerprint": material.dataset.fingerprint(),
+        "labels": dict(material.dataset.labels),
         "split": material.dataset.split_rule,
         "validation_cases": [case.id for case in material.validation],
         "backgrounds": len(material.pool.backgrounds),
@@ -155,18 +157,20 @@ def train(learner: Learner, material: Material, run: RunFolder, progress: Progre
 
 
 def validate(learner: Learner, material: Material) -> float:
-    """Mean over classes and validation cases of the volume's Dice, one furthest point a class and slice.
+    """Mean over classes and validation cases of the volume's Dice, asked as `prompts_for` says: as a rule one furthest
+    point a class and slice.
 
     A class that is in neither mask is left out; the processes share the cases.
     """
     predictor = Predictor(learner.segmenter, learner.precision, material.config.model.smooth_mm)
+    prompting, numbers = read_prompting(prompts_for(material.config.model)), list(material.dataset.labels.values())
     scores = []
     group = learner.accelerator
     for case in material.validation[group.process_index :: group.num_processes]:
         truth = material.load(case)
-        predicted = segment_with_oracle(predictor, truth, "furthest", np.random.default_rng(0))
+        [drawn] = segment_draws(predictor, truth, prompting, [np.random.default_rng(0)], numbers=numbers)
         for number in material.dataset.labels.values():
-            a, b = predicted == number, truth.label == number
+            a, b = drawn.label == number, truth.label == number
             if total := int(a.sum() + b.sum()):
                 scores.append((number, 2 * int((a & b).sum()) / total))
     scores = processes.gather(scores, learner.device.type == "cpu")
@@ -244,7 +248,7 @@ def _open_log(path: Path, steps: int) -> Any:
 def _not_finite(loss: float, step: int, work: Work, run: RunFolder, config: TrainingConfig) -> str:
     """Saves the images of the step for the user to look at, and says what to do."""
     picture = run.root / f"failed-step-{step + 1:06d}.png"
-    batch_sheet(work.images, work.targets, picture)
+    batch_sheet(work.images, work.targets > 0, picture)
     return (
         f"--learning-rate {config.learning_rate}: the loss is {loss} at step {step + 1}, whose images are in "
         f"{picture}; try a tenth of the rate, or --precision fp32"

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from cheaplunch.errors import UserError
 from cheaplunch.models import backbones
 from cheaplunch.models.backbones import BACKBONES, ViTShape, build_vit, load_backbone
-from cheaplunch.models.layouts import our_names, read_checkpoint, resize_positions, to_transformers
+from cheaplunch.models.layouts import our_names, read_checkpoint, resize_positions, samed_name, to_transformers
 from cheaplunch.models.sam import IMAGENET
 
 DECODER = "mask_decoder.transformer.layers.0."
@@ -64,6 +64,11 @@ def test_what_tiny_vit_classified_with_is_left_behind():
 
 
 # ---- every tensor
+
+
+def test_samed_s_names_are_segment_anything_s_where_it_trains_in_full(vit):
+    theirs = [name for name in vit if not name.startswith("image_encoder.")]
+    assert [samed_name(name) for name in our_names({name: vit[name] for name in theirs})] == theirs
 
 
 @pytest.fixture(scope="module")

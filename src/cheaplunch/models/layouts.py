@@ -52,6 +52,22 @@ _VIT: Names = (
     (r"\.neck\.2\.", ".neck.conv2."),
     (r"\.neck\.3\.", ".neck.layer_norm2."),
 )
+_DECODER_BACK: Names = (
+    (r"\.upscale_conv1\.", ".output_upscaling.0."),
+    (r"\.upscale_layer_norm\.", ".output_upscaling.1."),
+    (r"\.upscale_conv2\.", ".output_upscaling.3."),
+    (r"(_mlps\.\d+|iou_prediction_head)\.layers\.0\.", r"\1.layers.1."),
+    (r"(_mlps\.\d+|iou_prediction_head)\.proj_in\.", r"\1.layers.0."),
+    (r"(_mlps\.\d+|iou_prediction_head)\.proj_out\.", r"\1.layers.2."),
+    (r"\.shared_embedding\.positional_embedding$", ".pe_layer.positional_encoding_gaussian_matrix"),
+    (r"\.point_embed\.", ".point_embeddings."),
+    (r"\.mask_embed\.conv1\.", ".mask_downscaling.0."),
+    (r"\.mask_embed\.layer_norm1\.", ".mask_downscaling.1."),
+    (r"\.mask_embed\.conv2\.", ".mask_downscaling.3."),
+    (r"\.mask_embed\.layer_norm2\.", ".mask_downscaling.4."),
+    (r"\.mask_embed\.conv3\.", ".mask_downscaling.6."),
+    (r"\.layer_norm(\d|_final_attn)\.", r".norm\1."),
+)
 _TINY_VIT: Names = ((r"^image_encoder\.", "vision_encoder."),)
 
 # What TinyViT classified ImageNet with before it was an encoder, and an index that follows from the window's size.
@@ -157,6 +173,30 @@ def to_transformers(ours: State) -> State:
     shared = "shared_embedding.positional_embedding"
     theirs["shared_image_embedding.positional_embedding"] = theirs[f"prompt_encoder.{shared}"]
     return theirs
+
+
+def samed_name(name: str) -> str:
+    """What SAMed calls a trained tensor of a ViT, or a tensor of prompt encoder or mask decoder, that is `name` here.
+
+    SAMed numbers its LoRA matrices A and B through the blocks, q before v: w_a_007 is v's A of the encoder's fourth
+    block, sa_, cti_ and cit_ are the decoder's attentions, and fati_qa q's A of the last one. Raises KeyError for
+    what its files do not hold.
+    """
+    if match := re.fullmatch(r"vision_encoder\.layers\.(\d+)\.attn\.qkv\.([qv])_proj\.lora_([AB])\.weight", name):
+        block, part, matrix = match.groups()
+        return f"w_{matrix.lower()}_{2 * int(block) + 'qv'.index(part):03d}"
+    if match := re.fullmatch(r"mask_decoder\.transformer\.(.*)\.([qv])_proj\.lora_([AB])\.weight", name):
+        place, part, matrix = match.groups()
+        if place == "final_attn_token_to_image":
+            return f"fati_{part}{matrix.lower()}"
+        _, layer, attention = place.split(".")
+        kind = {"self_attn": "sa", "cross_attn_token_to_image": "cti", "cross_attn_image_to_token": "cit"}[attention]
+        return f"{kind}_{matrix.lower()}_{2 * int(layer) + 'qv'.index(part):03d}"
+    if not name.startswith(("prompt_encoder.", "mask_decoder.")):
+        raise KeyError(name)
+    for pattern, replacement in _DECODER_BACK:
+        name = re.sub(pattern, replacement, name)
+    return name
 
 
 def _from_transformers(published: State) -> State:

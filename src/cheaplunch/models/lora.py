@@ -11,15 +11,20 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
+from torch import Tensor, nn
 
+from cheaplunch.checkpoints import restore_tensors, trained_tensors
 from cheaplunch.errors import UserError
-from cheaplunch.files import whole_or_nothing
+from cheaplunch.files import whole_or_nothing, write_json
 from cheaplunch.models.sam import Sam
+
+Net = TypeVar("Net", bound=nn.Module)
 
 ADAPTER_FILE = "adapter_model.safetensors"
 
@@ -50,24 +55,47 @@ def add_lora(
     return adapted  # pyright: ignore[reportReturnType]
 
 
-def merge(adapted: PeftModel) -> Sam:
+def train_in_full(network: Net, trained: Sequence[str]) -> Net:
+    """Freezes `network` but for the modules that `trained` names, which are trained as they are, without LoRA."""
+    network.requires_grad_(False)
+    for name in trained:
+        network.get_submodule(name).requires_grad_(True)
+    return network
+
+
+def merge(adapted: PeftModel | Net) -> Sam | Net:
     """One plain network that computes the same: W + B·A in W's place. `adapted` is used up.
 
-    `sam.as_sam_model` makes transformers' own of it, where the encoder is a ViT.
+    One without LoRA is that already. `sam.as_sam_model` makes transformers' own of it, where the encoder is a ViT.
     """
+    if not isinstance(adapted, PeftModel):
+        return adapted
     return adapted.merge_and_unload()  # pyright: ignore[reportReturnType, reportCallIssue]
 
 
-def save_adapter(adapted: PeftModel, folder: Path) -> None:
-    """Writes the trained tensors and nothing else: `adapter_config.json`, and last `adapter_model.safetensors`."""
+def save_adapter(adapted: nn.Module, folder: Path) -> None:
+    """Writes the trained tensors and nothing else: `adapter_config.json`, and last `adapter_model.safetensors`.
+
+    With LoRA it is an adapter as peft writes it. Without, the tensors replace those of the network by their names.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    adapted.peft_config["default"].save_pretrained(str(folder))
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in get_peft_model_state_dict(adapted).items()}
+    state = adapter_state(adapted)
+    if isinstance(adapted, PeftModel):
+        adapted.peft_config["default"].save_pretrained(str(folder))
+    else:
+        about = {"peft_type": None, "tensors": len(state), "numbers": sum(tensor.numel() for tensor in state.values())}
+        write_json(about, folder / "adapter_config.json")
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     with whole_or_nothing(folder / ADAPTER_FILE) as unfinished:
         unfinished.write_bytes(save(state, metadata={"format": "pt"}))  # save_file would hide it from other users
 
 
-def load_adapter(adapted: PeftModel, folder: Path) -> None:
+def adapter_state(adapted: nn.Module) -> dict[str, Tensor]:
+    """What is trained, by the names that its file has."""
+    return get_peft_model_state_dict(adapted) if isinstance(adapted, PeftModel) else trained_tensors(adapted)
+
+
+def load_adapter(adapted: nn.Module, folder: Path) -> None:
     """Fills an adapted network from `folder`.
 
     peft lets missing and extra tensors pass in silence, which can lose most of an adapter; so the two
@@ -82,13 +110,16 @@ def load_adapter(adapted: PeftModel, folder: Path) -> None:
         state = load_file(path)
     except SafetensorError as error:
         raise UserError(f"{path} is damaged ({error}); train again or restore the file") from error
-    shapes = {name: tuple(tensor.shape) for name, tensor in get_peft_model_state_dict(adapted).items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in adapter_state(adapted).items()}
     found = {name: tuple(tensor.shape) for name, tensor in state.items()}
     if shapes != found:
         differing = sorted(name for name in shapes.keys() | found.keys() if shapes.get(name) != found.get(name))
         raise UserError(
             f"{path} does not fit this backbone and head: {len(differing)} tensors differ, first {differing[0]}"
         )
+    if not isinstance(adapted, PeftModel):
+        restore_tensors(adapted, state, path)
+        return
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         set_peft_model_state_dict(adapted, state)

@@ -141,13 +141,15 @@ class Sam(nn.Module):
 def as_sam_model(network: Sam) -> SamModel:
     """A network with a ViT as transformers' own model, q, k and v fused again: for `save_pretrained`, and for others.
 
-    `network` is plain (`lora.merge`). The tensors are shared but for the fused ones. Raises UserError for a TinyViT,
-    which transformers does not have.
+    `network` is plain (`lora.merge`). The tensors are shared but for the fused ones. Raises UserError for a TinyViT and
+    for adapters, which transformers does not have.
     """
     if not isinstance(network.vision_encoder, SamVisionEncoder):
         raise UserError("a TinyViT cannot be written as a transformers model; export it as safetensors")
     with torch.device("meta"):
         model = SamModel(network.config)
+    if network.state_dict().keys() != Sam(network.config).state_dict().keys():
+        raise UserError("a network with adapters cannot be written as a transformers model; export it as safetensors")
     model.load_state_dict(to_transformers(network.state_dict()), strict=True, assign=True)
     model.tie_weights()
     return model.eval()

@@ -1,28 +1,52 @@
-"""The whole network on one screen: images → embeddings → (with prompts) → masks."""
+"""The whole network on one screen: images → embeddings → (with prompts, or without) → masks."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from cheaplunch.config import ModelConfig
+from cheaplunch.config import ModelConfig, training_prompting
+from cheaplunch.errors import UserError
+from cheaplunch.models.adapters import AdapterSettings, add_adapters
 from cheaplunch.models.backbones import get_backbone, load_backbone
-from cheaplunch.models.heads import Head, foreground_logit, make_two_outputs, trained_modules
-from cheaplunch.models.lora import DECODER_QV, DECODER_TRANSFORMER, ENCODER_QV, add_lora, load_adapter, merge
-from cheaplunch.models.sam import Sam
+from cheaplunch.models.baselines import BASELINES, build_baseline
+from cheaplunch.models.heads import (
+    Head,
+    best_mask,
+    foreground_logit,
+    make_class_outputs,
+    make_linear_probe,
+    make_two_outputs,
+    trained_modules,
+)
+from cheaplunch.models.lora import (
+    DECODER_QV,
+    DECODER_TRANSFORMER,
+    ENCODER_QV,
+    add_lora,
+    load_adapter,
+    merge,
+    train_in_full,
+)
+from cheaplunch.models.sam import AS_IS, Sam
 from cheaplunch.prompts import Prompts
+
+Asking = Callable[[Callable[[Prompts], Tensor]], Prompts]
+"""Is given what answers prompts with logits (B, P, H, W), asks it as often as it likes, and gives the last prompts."""
 
 
 class Segmenter(nn.Module):
-    """A SAM network, adapted or not, that says one foreground logit per prompt.
+    """A network, adapted or not, that says one foreground logit per prompt, or without prompts one of each class.
 
-    `network` is a `Sam` or peft's wrapper of one.
+    `network` is a `Sam`, peft's wrapper of one, or a `PlainNetwork`.
     """
 
-    def __init__(self, network: Sam | PeftModel, head: Head, image_size_px: int):
+    def __init__(self, network: Sam | PeftModel | PlainNetwork, head: Head, image_size_px: int):
         super().__init__()
         self.network = network
         self.head: Head = head
@@ -38,44 +62,126 @@ class Segmenter(nn.Module):
     def decode(self, embeddings: Tensor, prompts: Prompts) -> Tensor:
         """B embeddings and P prompts on each → (B, P, O, H, W) outputs in float32; O is 1 or 2.
 
-        H and W are four times the embedding's. The batch stays B: every image has its own P prompts.
+        H and W are four times the embedding's. The batch stays B: every image has its own P prompts. A network of
+        classes takes empty `Prompts()` and gives (B, 1, K + 1, H, W), the background first.
         """
-        masks, _ = self.network.decode(
+        masks, quality = self.network.decode(
             embeddings,
             prompts.points_xy,
             prompts.point_labels,
             prompts.boxes_xyxy,
             prompts.masks,
-            multimask=self.head == "two",
+            multimask=self.head != "single",
         )
-        return masks[:, :, :2].float()
+        if self.head == "two":
+            masks = masks[:, :, :2]
+        elif self.head == "best":
+            masks = best_mask(masks, quality)
+        return masks.float()
 
-    def forward(self, images: Tensor, prompts: Prompts, shown_px: Tensor | None = None) -> Tensor:
-        return self.decode(self.embed(images, shown_px), prompts)
+    def forward(self, images: Tensor, prompts: Prompts | Asking, shown_px: Tensor | None = None) -> Tensor:
+        """`embed` and `decode`. `prompts` may also be a user who looks at answers before the one that counts."""
+        embeddings = self.embed(images, shown_px)
+        if not isinstance(prompts, Prompts):
+            with torch.no_grad():
+                prompts = prompts(lambda asked: self.foreground(embeddings, asked))
+            torch.clear_autocast_cache()  # it keeps weights that were cast where no gradient is taken
+        return self.decode(embeddings, prompts)
 
     def foreground(self, embeddings: Tensor, prompts: Prompts) -> Tensor:
         """As `decode`, but the target's logit alone: (B, P, H, W)."""
         return foreground_logit(self.decode(embeddings, prompts))
 
+    def classes(self, embeddings: Tensor) -> Tensor:
+        """Logits of the background and of every class (B, K + 1, H, W), of a network of classes."""
+        return self.decode(embeddings, Prompts())[:, 0]
+
+
+class PlainNetwork(nn.Module):
+    """A network without prompts and pretraining, with SAM's interface: its embedding is its answer."""
+
+    def __init__(self, body: nn.Module):
+        """`body`: (B, 3, S, S) in [0, 1] → logits (B, K + 1, S, S)."""
+        super().__init__()
+        self.body = body
+
+    def encode(self, images: Tensor, shown_px: Tensor | None = None) -> Tensor:
+        return self.body(images)
+
+    def decode(self, embeddings: Tensor, *prompts: Tensor | None, multimask: bool = True) -> tuple[Tensor, Any]:
+        """(B, K + 1, S, S) → (B, 1, K + 1, S, S), and no predicted IoU."""
+        return embeddings[:, None], None
+
+    @property
+    def vision_encoder(self) -> nn.Module:
+        """What `--compile` compiles."""
+        return self.body
+
+    def checkpoint_encoder(self) -> None:
+        raise UserError("--gradient-checkpointing is for SAM's encoders; --accumulate saves memory here")
+
+
+def training_size_px(backbone: str) -> int:
+    """Side of the input to train at where nothing is said: the plain networks take what LiteMedSAM does."""
+    return get_backbone("lite-medsam" if backbone in BASELINES else backbone).training_size_px
+
 
 def build_segmenter(config: ModelConfig, seed: int = 0) -> Segmenter:
-    """The network of `config`, its LoRA layers and head at their start, drawn from `seed`."""
+    """The network of `config`, with what is to be trained at its start, drawn from `seed`."""
+    if config.backbone in BASELINES:
+        return _build_plain(config, seed)
     size = config.image_size or get_backbone(config.backbone).image_size_px
     network = load_backbone(config.backbone, size, config.weights)
+    if config.pixels == "as-they-are":
+        network.norm = AS_IS
     if config.tuning == "none":
-        return Segmenter(network, "single", size).eval()
+        return Segmenter(network, config.mask, size).eval()
     with torch.random.fork_rng(devices=[]):  # peft and torch.nn draw from the global generator
         torch.manual_seed(seed)
+        return Segmenter(_adapt(network, config), config.head, size)
+
+
+def _build_plain(config: ModelConfig, seed: int) -> Segmenter:
+    if (config.head, config.tuning) != ("classes", "full") or config.weights is not None:
+        raise UserError(
+            f"--backbone {config.backbone} has no pretrained weights: it is trained in full, without prompts; "
+            f"give --method {config.backbone} alone"
+        )
+    size = config.image_size or training_size_px(config.backbone)
+    with torch.random.fork_rng(devices=[]):  # torch.nn draws from the global generator
+        torch.manual_seed(seed)
+        body = build_baseline(config.backbone, len(config.class_names or ()), size)
+    return Segmenter(PlainNetwork(body), "classes", size)
+
+
+def _adapt(network: Sam, config: ModelConfig) -> Sam | PeftModel:
+    """Gives the network its outputs, freezes it, and opens to training what `config` says."""
+    classes = len(config.class_names or ())
+    if config.tuning == "linear":
+        make_linear_probe(network, classes)
+        return train_in_full(network, ["mask_decoder"])
+    if config.head == "classes":
+        make_class_outputs(network, classes)
+    else:
         make_two_outputs(network, config.head_start)
-        targets = (ENCODER_QV, DECODER_QV) if config.decoder_tuning == "lora" else (ENCODER_QV,)
-        whole = [DECODER_TRANSFORMER] if config.decoder_tuning == "full" else []
-        adapted = add_lora(network, config.lora_rank, targets, [*trained_modules("two"), *whole])
-    return Segmenter(adapted, "two", size)
+    whole = trained_modules(config.head, training_prompting(config)[0], classes)
+    if config.tuning == "adapter":  # the prompt encoder stays frozen
+        settings = AdapterSettings(config.adapter_parts, config.adapter_width, config.adapter_scale)
+        head = [name for name in whole if name.startswith("mask_decoder.")]
+        add_adapters(network, settings, torch.default_generator, head)
+        return network
+    if config.tuning == "full":
+        whole.append("vision_encoder")
+    if config.decoder_tuning == "full":
+        whole.append(DECODER_TRANSFORMER)
+    targets = [ENCODER_QV] if config.tuning == "lora" else []
+    if config.decoder_tuning == "lora":
+        targets.append(DECODER_QV)
+    return add_lora(network, config.lora_rank, targets, whole) if targets else train_in_full(network, whole)
 
 
 def load_segmenter(config: ModelConfig, adapter: Path) -> Segmenter:
     """A fine-tuned network, ready to predict: plain, with the adapter merged into it."""
     segmenter = build_segmenter(config)
-    load_adapter(segmenter.network, adapter)  # pyright: ignore[reportArgumentType]
-    plain = merge(segmenter.network)  # pyright: ignore[reportArgumentType]
-    return Segmenter(plain, segmenter.head, segmenter.image_size_px).eval()
+    load_adapter(segmenter.network, adapter)
+    return Segmenter(merge(segmenter.network), segmenter.head, segmenter.image_size_px).eval()

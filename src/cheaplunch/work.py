@@ -1,0 +1,165 @@
+"""What one step works on: images, what is asked of each, and how it is asked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cheaplunch.augmentation import augment
+from cheaplunch.config import RunConfig, training_prompting
+from cheaplunch.data.slices import as_rgb
+from cheaplunch.material import Material
+from cheaplunch.prompts import Prompts, SimulatedUser, jitter_box, tight_box, training_points
+from cheaplunch.synthesis import Batch, derive_seed, draw_empty
+
+BOX_JITTER = 20 / 1024  # of the side: MedSAM's training boxes are up to so much too wide, on each side
+
+
+@dataclass(frozen=True, eq=False)
+class Work:
+    """What one process does in one step: B images with P prompts each, or none."""
+
+    images: Tensor
+    """(B, 3, S, S) in [0, 1]."""
+    targets: Tensor
+    """(B, P, S, S) bool: the mask that each prompt asks for. Without prompts the label map (B, 1, S, S) of 0…K."""
+    prompts: Prompts | ClickingUsers
+    shown_px: Tensor
+    """Width and height (B, 2) that each image fills of its square."""
+    seed: int = 0
+    """Of what the network itself draws: dropout."""
+
+    def parts(self, count: int) -> Iterator[Work]:
+        """The same in `count` equal parts of its images."""
+        size = len(self.images) // count
+        for start in range(0, len(self.images), size):
+            some = slice(start, start + size)
+            pictures = self.images[some], self.targets[some]
+            yield Work(*pictures, self.prompts[some], self.shown_px[some], self.seed + start)
+
+    def to(self, device: torch.device) -> Work:
+        images, targets, shown_px = (_send(t, device) for t in (self.images, self.targets, self.shown_px))
+        return Work(images, targets, self.prompts.to(device), shown_px, self.seed)
+
+
+@dataclass(frozen=True, eq=False)
+class ClickingUsers:
+    """A simulated user an image, the same as in evaluation, in the place of prompts that are known beforehand.
+
+    Each clicks on every target of its image, looks at what the network answers, and clicks again, `clicks` times in
+    all. Calling it with a function that answers gives the prompts of the last time: all clicks, and the logits of the
+    answer before. A target that was found exactly gets its last click once more, so that all have as many.
+    """
+
+    targets: Tensor
+    """(B, P, S, S) bool."""
+    seeds: tuple[int, ...]
+    """Of each image's user."""
+    clicks: int
+
+    def __getitem__(self, images: slice) -> ClickingUsers:
+        return replace(self, targets=self.targets[images], seeds=self.seeds[images])
+
+    def to(self, device: torch.device) -> ClickingUsers:
+        return replace(self, targets=self.targets.to(device))
+
+    def __call__(self, answer: Callable[[Prompts], Tensor]) -> Prompts:
+        """`answer` gives the logits (B, P, s, s) that the network answers prompts with."""
+        pairs = zip(self.targets.cpu().numpy(), self.seeds, strict=True)
+        users = [SimulatedUser(targets, np.random.default_rng(seed)) for targets, seed in pairs]
+        last = None
+        for given in range(1, self.clicks):
+            last = answer(self._asked(users, given, last))
+            seen = F.interpolate(last.float(), self.targets.shape[-2:], mode="bilinear") > 0  # (B, P, S, S)
+            for user, masks in zip(users, seen.cpu().numpy(), strict=True):
+                user.look(masks)
+        return self._asked(users, self.clicks, last)
+
+    def _asked(self, users: Sequence[SimulatedUser], count: int, masks: Tensor | None) -> Prompts:
+        """`count` clicks on every target, (B, P, count), in px of the network's input, with the masks before."""
+        clicks = [[(own + own[-1:] * count)[:count] for own in user.clicks] for user in users]
+        placed = torch.tensor(clicks, dtype=torch.float32, device=self.targets.device)  # (B, P, count, 3)
+        return Prompts(placed[..., :2], placed[..., 2].long(), masks=masks)
+
+
+def draw_work(material: Material, step: int, offsets: Sequence[int]) -> Work:
+    """Images number `offsets` of the batch of `step`, with what each prompt asks for and where it points."""
+    config, seed = material.config, material.config.seed
+    number = [(step * config.training.batch_size + offset) % config.synthesis.synthetic for offset in offsets]
+    batch = _with_empty(material, material.samples(number), step, offsets)
+    if config.training.augmentation == "samed":
+        batch = augment(batch, [_generator(seed, "augmentation", step, offset) for offset in offsets])
+    drawn = derive_seed(seed, "network", step, *offsets)
+    if config.model.head == "classes":
+        return Work(as_rgb(batch.images), batch.labels[:, None], Prompts(), batch.sizes, drawn)
+    targets, points = [], []
+    for label, offset in zip(batch.labels.cpu(), offsets, strict=True):
+        generator = _generator(seed, "prompts", step, offset)
+        targets.append(draw_targets(label, config.training.prompts_per_image, material.pool.classes, generator))
+        points.append(training_points(targets[-1], generator, config.training.furthest_share))
+    masks = torch.stack(targets)  # (B, P, S, S)
+    prompts = _prompts(config, masks, torch.stack(points), batch.sizes, step, offsets)
+    return Work(as_rgb(batch.images), masks, prompts, batch.sizes, drawn)
+
+
+def _prompts(
+    config: RunConfig, masks: Tensor, points: Tensor, sizes: Tensor, step: int, offsets: Sequence[int]
+) -> Prompts | ClickingUsers:
+    """As `training_prompts` says, on the targets (B, P, S, S) of images of such widths and heights (B, 2)."""
+    kind, most = training_prompting(config.model)
+    if kind == "point":
+        return Prompts.of_points(points)
+    seeds = tuple(derive_seed(config.seed, kind, step, offset) for offset in offsets)
+    if kind == "clicks":
+        count = 1 + derive_seed(config.seed, "click count", step) % most  # equal for all of the batch
+        return ClickingUsers(masks, seeds, count)
+    boxes = []
+    for targets, (width, height), seed in zip(masks.numpy(), sizes.tolist(), seeds, strict=True):
+        rng, jitter_px = np.random.default_rng(seed), BOX_JITTER * masks.shape[-1]
+        boxes.append([jitter_box(tight_box(target), (height, width), jitter_px, rng) for target in targets])
+    return Prompts(boxes_xyxy=torch.tensor(boxes, dtype=torch.float32))
+
+
+def draw_targets(label: Tensor, count: int, classes: int, generator: torch.Generator) -> Tensor:
+    """Which mask each prompt asks for: label (S, S) → (count, S, S) bool.
+
+    The paper draws one class a sample (§2.2). Here the classes of a slice are drawn without repetition, and again
+    from the start where `count` exceeds them, so that one pass of the encoder serves them all.
+    """
+    present = torch.tensor([k for k in range(1, classes + 1) if (label == k).any()], dtype=label.dtype)
+    drawn: list[Tensor] = []
+    while sum(map(len, drawn)) < count:
+        drawn.append(present[torch.randperm(len(present), generator=generator)])
+    return label[None] == torch.cat(drawn)[:count, None, None]
+
+
+def _with_empty(material: Material, batch: Batch, step: int, offsets: Sequence[int]) -> Batch:
+    """The batch with slices without organs in the place of `empty_share` of its images.
+
+    Filled-in exemplars, where no slice is free of organs, are none.
+    """
+    share = material.config.training.empty_share
+    if not share or material.pool.backgrounds_filled:
+        return batch
+    for place, offset in enumerate(offsets):
+        generator = _generator(material.config.seed, "empty", step, offset)
+        if torch.rand(1, generator=generator).item() < share:
+            image, size = draw_empty(material.pool, material.config.synthesis, generator)
+            batch.images[place], batch.labels[place], batch.sizes[place] = image, 0, size
+    return batch
+
+
+def _generator(*parts: object) -> torch.Generator:
+    return torch.Generator().manual_seed(derive_seed(*parts))
+
+
+def _send(tensor: Tensor, device: torch.device) -> Tensor:
+    """Through pinned memory, so that the copy runs beside the computation."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
