@@ -1,0 +1,461 @@
+"""A volume or picture open for prompts: what `predict`, the server and 3D Slicer share.
+
+A `Model` is a run that is ready to answer, an `OpenCase` an image on which it is asked. Prompts go in and answers come
+out as values: nothing of them is kept, so that to undo is to ask with fewer prompts. What is kept are embeddings.
+
+Threads may share a `Model`, an `EmbeddingCache` and an `OpenCase`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from nibabel.orientations import axcodes2ornt, inv_ornt_aff, ornt_transform
+from torch import Tensor
+
+from cheaplunch import runtime
+from cheaplunch.config import RunConfig
+from cheaplunch.data.cases import CaseSlices
+from cheaplunch.data.layouts import open_dataset
+from cheaplunch.data.slices import Axis, Window, from_slices, slice_step_mm, to_slices
+from cheaplunch.data.subset import take_classes
+from cheaplunch.data.volume import Grid, Volume, read_volume, write_mask
+from cheaplunch.errors import UserError
+from cheaplunch.merging import Segmentation
+from cheaplunch.models.segmenter import load_segmenter
+from cheaplunch.prediction import Embedded, Predictor, carry, on_slice, segment_auto
+from cheaplunch.prompts import Prompts
+from cheaplunch.runs import RunFolder
+
+Coordinates = Literal["voxel", "world_ras", "world_lps"]
+"""Of the file's own array, (i, j, k) as nibabel and ITK count them, of a picture (x, y) or (x, y, page); or mm in the
+patient: RAS as NIfTI has it, LPS as DICOM, ITK and 3D Slicer's files."""
+
+CACHE_BYTES = 512 * 2**20  # 128 slices at LiteMedSAM's 256 px, or at a ViT's 1024 px
+
+# --- what is asked and answered --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A click or a box as people give it."""
+
+    class_name: str
+    coordinates: Coordinates
+    corners: tuple[tuple[float, ...], ...]
+    """One place for a click; for a box two opposite voxels that belong to it."""
+    positive: bool = True
+    """Of a click: on the target, or off it."""
+    source: str = field(default="a prompt", compare=False)
+    """What messages call it."""
+
+
+@dataclass(frozen=True)
+class Click:
+    """A pixel of a slice that is on a class, or off it."""
+
+    number: int  # of the class in masks
+    slice_number: int
+    xy: tuple[float, float]  # px of the slice
+    positive: bool = True
+
+
+@dataclass(frozen=True)
+class Box:
+    """What of a slice a class lies in."""
+
+    number: int  # of the class in masks
+    slice_number: int
+    xyxy: tuple[float, float, float, float]  # first and last px of the slice
+
+
+Prompt = Click | Box
+
+
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """What the network says of one class on one slice."""
+
+    probability: np.ndarray
+    """(H, W) float32."""
+    logits: Tensor
+    """(s, s) as the network gave them, for it to go on from."""
+
+    @property
+    def mask(self) -> np.ndarray:
+        """(H, W) bool."""
+        return self.probability > 0.5
+
+    @property
+    def quality(self) -> float | None:
+        """Mean probability inside the mask, 0.5 to 1; None where it is empty.
+
+        Not the IoU that SAM predicts of itself: fine-tuning leaves that head as it was while the masks change.
+        """
+        inside = self.probability[self.mask]
+        return float(inside.mean(dtype=np.float64)) if inside.size else None
+
+
+Answers = dict[int, dict[int, Answer]]
+"""Slice number → class number → what was found, each class on its own."""
+
+
+def quality_of(answers: Answers, labels: Mapping[str, int]) -> dict[str, float | None]:
+    """Of each class in `labels` the mean of `Answer.quality` over its slices, each by the pixels of its mask."""
+    quality: dict[str, float | None] = {}
+    for name, number in labels.items():
+        inside = [(a.quality, a.mask.sum()) for classes in answers.values() if (a := classes.get(number)) is not None]
+        inside = [(mean, px) for mean, px in inside if mean is not None]
+        quality[name] = float(sum(m * px for m, px in inside) / sum(px for _, px in inside)) if inside else None
+    return quality
+
+
+# --- where a pixel of a slice is -------------------------------------------------------------------------------------
+
+_ARRAY_FROM_SLICES = {  # (x, y, slice number) → (x, y, z) of a volume's array; z runs down the rows, see `to_slices`
+    "axial": [[1, 0, 0], [0, 1, 0], [0, 0, 1]],
+    "coronal": [[1, 0, 0], [0, 0, 1], [0, -1, 0]],
+    "sagittal": [[0, 0, 1], [1, 0, 0], [0, -1, 0]],
+}
+_LPS_FROM_RAS = np.diag([-1.0, -1, 1, 1])  # its own inverse
+
+
+@dataclass(frozen=True, eq=False)
+class Places:
+    """Slices ↔ the file's voxels ↔ the patient's space. All are of voxel centres."""
+
+    grid: Grid
+    axis: Axis = "axial"
+
+    def on_slices(self, place: Sequence[float], coordinates: Coordinates) -> tuple[float, float, float]:
+        """(x, y, slice number) of a place; none of them need be whole, or inside. UserError for mm without a space."""
+        padded = (*place, 0.0)[:3]  # a picture's third number is its page
+        x, y, number, _ = np.linalg.solve(self._from_slices(coordinates), [*padded, 1.0]).tolist()
+        return x, y, number
+
+    def off_slices(self, x: float, y: float, number: float, coordinates: Coordinates) -> tuple[float, float, float]:
+        """The inverse of `on_slices`."""
+        i, j, k, _ = (self._from_slices(coordinates) @ [x, y, number, 1.0]).tolist()
+        return i, j, k
+
+    def _from_slices(self, coordinates: Coordinates) -> np.ndarray:
+        """(4, 4): (x, y, slice number) → a place."""
+        if coordinates == "voxel":
+            return self._voxels_from_slices
+        if self.grid.affine is None:
+            raise UserError(f"{self.grid.path} has no place in a patient; give its voxels")
+        ras = self.grid.affine @ self._voxels_from_slices
+        return ras if coordinates == "world_ras" else _LPS_FROM_RAS @ ras
+
+    @cached_property
+    def _voxels_from_slices(self) -> np.ndarray:
+        array = np.eye(4)
+        array[:3, :3] = _ARRAY_FROM_SLICES[self.axis]
+        array[2, 3] = 0 if self.axis == "axial" else self.grid.array_shape[1] - 1
+        if self.grid.affine is None:
+            return array
+        return inv_ornt_aff(ornt_transform(self.grid.orientation, axcodes2ornt("LPS")), self.grid.shape) @ array
+
+
+# --- embeddings ------------------------------------------------------------------------------------------------------
+
+
+class EmbeddingCache:
+    """Embeddings of slices, those used longest ago out first; cases and threads may share one."""
+
+    def __init__(self, limit_bytes: int = CACHE_BYTES):
+        """At least one embedding is kept, however large."""
+        self._limit_bytes = limit_bytes
+        self._lock = threading.Lock()
+        self._kept: OrderedDict[Hashable, Future[Embedded]] = OrderedDict()
+        self._bytes = 0
+
+    def get(self, key: Hashable, make: Callable[[], Embedded]) -> Embedded:
+        """What is kept under `key`; made once, however many threads ask for it at a time."""
+        with self._lock:
+            future = self._kept.get(key)
+            mine = future is None
+            if future is None:
+                future = self._kept[key] = Future()
+            self._kept.move_to_end(key)
+        if mine:
+            try:
+                embedded = make()
+            except BaseException as error:
+                with self._lock:
+                    self._kept.pop(key, None)
+                future.set_exception(error)
+                raise
+            future.set_result(embedded)
+            self._count(_bytes_of(embedded))
+        return future.result()
+
+    @property
+    def bytes(self) -> int:
+        """How much is kept."""
+        return self._bytes
+
+    def _count(self, more_bytes: int) -> None:
+        with self._lock:
+            self._bytes += more_bytes
+            ready = [key for key, future in self._kept.items() if future.done()]  # the others are being waited for
+            for key in ready[:-1]:
+                if self._bytes <= self._limit_bytes:
+                    return
+                self._bytes -= _bytes_of(self._kept.pop(key).result())
+
+    def drop(self, wanted: Callable[[Any], bool]) -> None:
+        """Forgets what is ready under the keys for which `wanted` holds."""
+        with self._lock:
+            for key in [key for key, future in self._kept.items() if future.done() and wanted(key)]:
+                self._bytes -= _bytes_of(self._kept.pop(key).result())
+
+
+def _bytes_of(embedded: Embedded) -> int:
+    return embedded.embedding.numel() * embedded.embedding.element_size()
+
+
+# --- an image and a run ----------------------------------------------------------------------------------------------
+
+
+class OpenCase:
+    """A volume or picture, windowed and cut into slices, which are embedded as they are needed."""
+
+    def __init__(
+        self,
+        predictor: Predictor,
+        volume: Volume,
+        window: Window,
+        axis: Axis = "axial",
+        cache: EmbeddingCache | None = None,
+    ):
+        """UserError where a picture is to be cut along another axis than its own."""
+        if volume.spacing_mm is None and axis != "axial":
+            raise UserError(f"{volume.grid.path} is a picture, and the run has learned from {axis} slices of volumes")
+        self.predictor = predictor
+        self.volume = volume
+        self.axis: Axis = axis
+        self.places = Places(volume.grid, axis)
+        self.images = np.ascontiguousarray(to_slices(window(volume.array), axis))
+        """(N, C, H, W) in [0, 1], as the network is to see them."""
+        self._step_mm = slice_step_mm(volume, axis)
+        self._cache = EmbeddingCache() if cache is None else cache
+        self._own = object()  # tells its slices from other cases' in the cache
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(N, H, W) of its slices."""
+        count, _, height, width = self.images.shape
+        return count, height, width
+
+    def close(self) -> None:
+        """Takes its embeddings out of a cache that others use too."""
+        self._cache.drop(lambda key: key[0] is self._own)
+
+    def place(self, mark: Mark, labels: Mapping[str, int]) -> Prompt:
+        """A mark on its slice. UserError names the mark whose class is unknown, or which lies off the image."""
+        if mark.class_name not in labels:
+            raise UserError(f"{mark.source}: there is no class {mark.class_name!r}; choose of: {', '.join(labels)}")
+        if len(mark.corners[0]) == 2 and self.shape[0] > 1:
+            raise UserError(f"{mark.source} has two numbers, and the image has {self.shape[0]} slices; add the third")
+        corners = [self.places.on_slices(corner, mark.coordinates) for corner in mark.corners]
+        count, height, width = self.shape
+        for (x, y, z), given in zip(corners, mark.corners, strict=True):
+            if not (-0.5 <= x < width - 0.5 and -0.5 <= y < height - 0.5 and -0.5 <= z < count - 0.5):
+                raise UserError(
+                    f"{mark.source}: {mark.coordinates} {list(given)} lies outside of {self.volume.grid.path.name}"
+                )
+        numbers = sorted({math.floor(z + 0.5) for _, _, z in corners})
+        if len(numbers) > 1:
+            raise UserError(
+                f"{mark.source}: the box goes from slice {numbers[0]} to {numbers[-1]} ({self.axis}); "
+                "give both corners on one slice"
+            )
+        number, [slice_number] = labels[mark.class_name], numbers
+        xs, ys = sorted(x for x, _, _ in corners), sorted(y for _, y, _ in corners)
+        if len(corners) == 1:
+            return Click(number, slice_number, (xs[0], ys[0]), mark.positive)
+        return Box(number, slice_number, (xs[0], ys[0], xs[1], ys[1]))
+
+    def segment(self, prompts: Iterable[Prompt], before: Answers | None = None) -> Answers:
+        """Each prompted class on each slice it is prompted on, from all its clicks and its box there.
+
+        Where `before` has an answer for it, the network goes on from that; few networks have learned to
+        (docs/prompts.md). A class with nothing but negative clicks on a slice has nothing they could take away from,
+        and no answer; `propagate` heeds them. UserError for a prompt off the image.
+        """
+        answers: Answers = {}
+        for number, asked in sorted(self._gather(prompts).items()):
+            wanted = {k: said for k, said in sorted(asked.items()) if said.box or any(said.positive)}
+            if wanted:
+                last = {k: answer.logits for k, answer in (before or {}).get(number, {}).items()}
+                answers[number] = self._ask(number, wanted, last)
+        return answers
+
+    def propagate(self, prompts: Iterable[Prompt], answers: Answers, reach: int | None = None) -> Answers:
+        """`answers` of `segment`, carried to the slices around as `carry` has it, at most `reach` slices far.
+
+        Negative clicks on a slice that is reached are given along with the point that is carried to it.
+        """
+        asked = self._gather(prompts)
+
+        def ask(number: int, points: Mapping[int, tuple[float, float]]) -> dict[int, Answer]:
+            off = {k: said.clicks for k, said in asked.get(number, {}).items()}
+            return self._ask(
+                number, {k: _Asked([Click(k, number, point), *off.get(k, [])]) for k, point in points.items()}, {}
+            )
+
+        carried = carry(answers, self.shape[0], ask, lambda answer: answer.mask, reach)
+        numbers = sorted(answers.keys() | carried.keys())
+        return {number: answers.get(number, {}) | carried.get(number, {}) for number in numbers}
+
+    def label(self, answers: Answers) -> np.ndarray:
+        """One label map (Z, Y, X) uint8 on the volume's array: classes merged, slices steadied as in evaluation."""
+        found = {number: {k: a.probability for k, a in classes.items()} for number, classes in answers.items()}
+        merged = Segmentation.of({1: found}, self.shape, (), self._step_mm, self.predictor.smooth_mm)
+        return from_slices(merged.label, self.axis)
+
+    def label_unprompted(self, numbers: Sequence[int]) -> np.ndarray:
+        """As `label`, by a network that takes no prompts and whose outputs are the classes `numbers`."""
+        case = CaseSlices(self.images, None, self.volume, step_mm=self._step_mm)
+        return from_slices(segment_auto(self.predictor, case, numbers).label, self.axis)
+
+    def write(self, label: np.ndarray, path: Path, names: Mapping[str, int]) -> None:
+        """A label map of `label` on the exact grid of the image's file, in the format of `path`'s ending."""
+        write_mask(label, self.volume, path, names)
+
+    def embedded(self, number: int) -> Embedded:
+        """A slice ready for prompts: from the cache, or embedded now."""
+        image = self.images[number : number + 1]  # alone: what else is embedded must not change the last digits
+        return self._cache.get((self._own, number), lambda: self.predictor.embed(image)[0])
+
+    def _gather(self, prompts: Iterable[Prompt]) -> dict[int, dict[int, _Asked]]:
+        """Slice number → class → all that is said of it there."""
+        gathered: dict[int, dict[int, _Asked]] = {}
+        count, height, width = self.shape
+        for prompt in prompts:
+            xs, ys = (
+                (prompt.xy[:1], prompt.xy[1:]) if isinstance(prompt, Click) else (prompt.xyxy[::2], prompt.xyxy[1::2])
+            )
+            inside = all(-0.5 <= x < width - 0.5 for x in xs) and all(-0.5 <= y < height - 0.5 for y in ys)
+            if not (0 <= prompt.slice_number < count and inside):
+                raise UserError(f"{prompt} lies outside of {count} slices of {width} × {height} px")
+            said = gathered.setdefault(prompt.slice_number, {}).setdefault(prompt.number, _Asked())
+            if isinstance(prompt, Click):
+                said.clicks.append(prompt)
+            elif said.box is None:
+                said.box = prompt
+            else:
+                raise UserError(f"slice {prompt.slice_number} has two boxes of class {prompt.number}; leave one")
+        return gathered
+
+    def _ask(self, number: int, asked: Mapping[int, _Asked], last: Mapping[int, Tensor]) -> dict[int, Answer]:
+        """Class → answer, in the order of `asked`; those asked in one way share one pass of the decoder."""
+        embedded = self.embedded(number)
+        alike: dict[Hashable, list[int]] = {}  # a padding point would take part in the attention
+        for k, said in asked.items():
+            alike.setdefault((len(said.clicks), said.box is None, k in last), []).append(k)
+        answers: dict[int, Answer] = {}
+        for (_, _, goes_on), classes in alike.items():  # pyright: ignore[reportGeneralTypeIssues]
+            prompts = _prompts([asked[k] for k in classes], embedded, [last[k] for k in classes] if goes_on else None)
+            logits = self.predictor.logits(embedded, prompts)  # (P, s, s)
+            for k, probability, own in zip(classes, on_slice(embedded, logits), logits, strict=True):
+                answers[k] = Answer(probability, own)
+        return {k: answers[k] for k in asked}
+
+
+@dataclass
+class _Asked:
+    """What is said of one class on one slice."""
+
+    clicks: list[Click] = field(default_factory=list)
+    box: Box | None = None
+
+    @property
+    def positive(self) -> list[bool]:
+        return [click.positive for click in self.clicks]
+
+
+def _prompts(asked: Sequence[_Asked], embedded: Embedded, last: Sequence[Tensor] | None) -> Prompts:
+    """P classes of one slice, all asked in the same way, in px of the network's input."""
+    points_xy = point_labels = boxes_xyxy = None
+    if asked[0].clicks:
+        points = torch.tensor([[click.xy for click in said.clicks] for said in asked], dtype=torch.float64)  # (P, K, 2)
+        points_xy = embedded.frame.point_to_model(points).float()[None]
+        point_labels = torch.tensor([said.positive for said in asked]).long()[None]  # (1, P, K)
+    if asked[0].box is not None:
+        boxes = np.array([said.box.xyxy for said in asked if said.box])[None]  # (1, P, 4)
+        boxes_xyxy = torch.from_numpy(embedded.frame.box_to_model(boxes)).float()
+    return Prompts(points_xy, point_labels, boxes_xyxy, None if last is None else torch.stack([*last])[None])
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """A run that is ready to answer."""
+
+    predictor: Predictor
+    labels: Mapping[str, int]
+    """Class → its number in masks."""
+    window: Window
+    axis: Axis
+    channels: int | None
+    """That an image must have; None where the run does not say."""
+    prompted: bool = True
+    """Whether it takes prompts; otherwise it finds its classes by itself (`OpenCase.label_unprompted`)."""
+
+    def open(self, images: Sequence[Path], cache: EmbeddingCache | None = None) -> OpenCase:
+        """An image, one source a channel. UserError where it is damaged, or not of the kind the run learned from."""
+        return self.open_volume(read_volume(images), cache)
+
+    def open_volume(self, volume: Volume, cache: EmbeddingCache | None = None) -> OpenCase:
+        """As `open`, of one that is read already."""
+        if self.channels not in (None, volume.grid.channels):
+            raise UserError(
+                f"{volume.grid.path} has {volume.grid.channels} channels and the run learned from {self.channels}; "
+                "give the same ones, each as a file of its own (NAME_0000, NAME_0001, …) or all in one"
+            )
+        return OpenCase(self.predictor, volume, self.window, self.axis, cache)
+
+
+def open_model(run: RunFolder, config: RunConfig) -> Model:
+    """The network of a run with what goes around it; `config` is the run's, with what the user wants otherwise.
+
+    UserError where the run is not finished, or does not say what its classes are.
+    """
+    if not run.finished():
+        raise UserError(f"{run.root} is not finished; `cheaplunch finetune --resume` ends its training")
+    labels, channels = _classes_and_channels(run, config)
+    device = runtime.pick_device(config.device)
+    precision = runtime.pick_precision(config.training.precision, device)
+    segmenter = load_segmenter(config.model, run.adapter).to(device)
+    window = Window() if config.data.window is None else Window(*config.data.window)
+    predictor = Predictor(segmenter, precision, config.model.smooth_mm)
+    return Model(predictor, labels, window, config.data.axis, channels, config.model.head != "classes")
+
+
+def _classes_and_channels(run: RunFolder, config: RunConfig) -> tuple[dict[str, int], int | None]:
+    """As the run says, else as the images that it learned from do."""
+    said = json.loads(run.environment.read_text(encoding="utf-8")) if run.environment.is_file() else {}
+    labels, channels = said.get("labels"), said.get("channels")
+    try:
+        if labels is None or channels is None:
+            dataset = take_classes(open_dataset(config.data.data), config.data.classes)
+            labels, channels = dataset.labels, len(dataset.channel_names)
+    except UserError:
+        if labels is None:
+            raise UserError(
+                f"{run.environment} does not name the classes, and the images are no longer at {config.data.data}; "
+                "put them back there, or train anew"
+            ) from None
+    return dict(labels), channels
