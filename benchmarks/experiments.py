@@ -1,7 +1,9 @@
 """Tables of trained models on real data, a data set at a time, in pieces that go on where they stopped.
 
 few-exemplars  Cheap Lunch with and without synthesis from few slices and many, the full set, and the weights untuned,
-               all with the same steps (one image each) at the same input size, one point a class and slice.
+               all with the same steps (one image each) at the same input size, one point a class and slice. "Without"
+               still moves and varies the exemplars as wholes; with the fewest, a third row does not even do that.
+targets        Cheap Lunch with the most exemplars of that list and steps for some fifteen minutes of two cores.
 
 Every row is fine-tuned and scored on the test cases in this process and written, case by case, as soon as it is done;
 rows that the JSON holds are not done again. The table, made by `compare`, is written beside it after each row. Nothing
@@ -31,7 +33,9 @@ from cheaplunch.scoring import Assessment, assess
 from cheaplunch.training import finetune
 
 BUDGET = {"steps": 160, "warmup_steps": 16, "image_size": 112}
-FEWEST, THREE = 3, (0, 1, 2)  # seeds
+EXEMPLARS = {"hippocampus": (1, 5, 9, 36), "chaos": (1, 5, 10), "lgg": (3, 9, 45)}
+THREE = (0, 1, 2)  # seeds
+AS_THEY_ARE = {"real_share": 1.0, "rotation_deg": 0, "scale": 0, "shift": 0, "blur_px": 0, "intensity": 0}
 
 
 @dataclass(frozen=True)
@@ -46,19 +50,30 @@ class Trained:
 
 
 def few_exemplars(dataset: str) -> list[Trained]:
-    """Three seeds everywhere on hippocampus, elsewhere for the pair with the fewest exemplars."""
-    counts = {"hippocampus": (1, 5, 9, 36), "chaos": (1, 5, 10), "lgg": (3, 9, 45)}[dataset]
+    """Three seeds everywhere on hippocampus, elsewhere for the rows with the fewest exemplars."""
+    counts = EXEMPLARS[dataset]
     rows = [Trained("untuned", "zero-shot", {"image_size": BUDGET["image_size"]})]
     for count in counts:
-        seeds = THREE if dataset == "hippocampus" or count == counts[0] else (0,)
+        fewest = count == counts[0]
+        seeds = THREE if dataset == "hippocampus" or fewest else (0,)
         noun = "exemplar" if count == 1 else "exemplars"
-        for words, real_share in (("without synthesis", {"real_share": 1.0}), ("with synthesis", {})):
-            settings = {**BUDGET, "exemplars": count, **real_share}
+        ways = {"nothing moved or varied": AS_THEY_ARE} if fewest else {}
+        ways |= {"without synthesis": {"real_share": 1.0}, "with synthesis": {}}
+        for words, way in ways.items():
+            settings = {**BUDGET, "exemplars": count, **way}
             rows.append(Trained(f"{count} {noun}, {words}", "cheap-lunch", settings, seeds))
     return [*rows, Trained("full set", "full-set", BUDGET, THREE if dataset == "hippocampus" else (0,))]
 
 
-TABLES = {"few-exemplars": few_exemplars}
+def targets(dataset: str) -> list[Trained]:
+    """The default settings but for the steps, which are fewer where the input is larger."""
+    count = EXEMPLARS[dataset][-1]
+    steps = {"hippocampus": 800, "chaos": 400, "lgg": 400}[dataset]
+    settings = {"exemplars": count, "steps": steps, "warmup_steps": steps // 10}
+    return [Trained(f"{count} exemplars, {steps} steps", "cheap-lunch", settings)]
+
+
+TABLES = {"few-exemplars": few_exemplars, "targets": targets}
 
 
 def main() -> None:
@@ -66,6 +81,7 @@ def main() -> None:
     parser.add_argument("table", choices=TABLES)
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="hippocampus, chaos or lgg")
     parser.add_argument("--work", type=Path, metavar="DIR", help="keep the runs there (default: thrown away)")
+    parser.add_argument("--seeds", type=int, nargs="+", metavar="N", help="these alone (default: all of the table's)")
     parser.set_defaults(out=None)
     options = parser.parse_args()
     runtime.keep_freed_memory()
@@ -73,7 +89,7 @@ def main() -> None:
     rows = TABLES[options.table](options.data.name)
     out = options.out or HERE / "results" / f"{options.table}-{options.data.name}-{slug()}.json"
     found: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))["rows"] if out.is_file() else {}
-    seeds = sorted({seed for row in rows for seed in row.seeds})
+    seeds = options.seeds or sorted({seed for row in rows for seed in row.seeds})
     plan = [(row, seed) for seed in seeds for row in rows if seed in row.seeds]
     for row, seed in progress([(row, seed) for row, seed in plan if place(row, seed) not in found], options.table):
         found[place(row, seed)] = scored(row, seed, options)
@@ -119,7 +135,7 @@ def shortened(value: Any) -> Any:
 
 def write(out: Path, options: Namespace, found: Mapping[str, Any]) -> None:
     """A line a row: the file is read by people, and differs by the rows that came."""
-    settings = {"table": options.table, "data": options.data.name, **BUDGET}
+    settings = {"table": options.table, "data": options.data.name}
     lines = [f"  {json.dumps(name)}: {json.dumps(row, separators=(',', ':'))}" for name, row in found.items()]
     head = {"machine": machine(), "versions": versions(), "settings": settings}
     body = json.dumps(head, indent=2)[:-2] + ',\n  "rows": {\n' + ",\n".join(lines) + "\n  }\n}\n"

@@ -26,9 +26,12 @@ from cheaplunch.config import (
     METHODS,
     NAMES,
     PROMPT_WORDS,
+    ModelConfig,
     RunConfig,
     build_config,
+    check_prompting,
     override,
+    prompts_for,
     read_prompting,
     read_yaml,
     setting_type,
@@ -145,12 +148,12 @@ def evaluate(options: Namespace) -> None:
         raise UserError(f"--out {options.out} is a folder; give the JSON file to write")
     if sum(source is not None for source in (options.run, options.method, options.predictions)) != 1:
         raise UserError("give one of: a RUN to evaluate, --method zero-shot with --backbone, --predictions DIR")
-    assessment = _assessment(options)  # mistakes before minutes of work, not after
     if options.label is not None and options.predictions is None:
         raise UserError("--label names the tool of --predictions DIR; leave it out")
+    assessment = _assessment(options)  # mistakes before minutes of work, not after
     if options.run is not None:
         run = RunFolder(options.run)
-        for name in ("backbone", "image_size", "axis", "window", "classes"):
+        for name in ("backbone", "image_size", "mask", "axis", "window", "classes"):
             if getattr(options, name) is not None:
                 raise UserError(f"--{name.replace('_', '-')} goes with --method zero-shot; {run.root} brings its own")
         results = _evaluate_run(run, assessment, options.save_masks, options.baseline, _given(options))
@@ -174,6 +177,28 @@ def evaluate(options: Namespace) -> None:
         )
     _write_results(scored, options.out)
     _show_results({protocol: {name: result} for protocol, result in scored.items()}, options.out)
+
+
+def predict(options: Namespace) -> int:
+    """Segment images by a run: a mask for each on its own grid, from clicks and boxes in a file."""
+    from cheaplunch import predicting, runtime
+    from cheaplunch.runs import RunFolder
+
+    run = RunFolder(options.run)
+    config = override(run.load_config(), _given(options))
+    runtime.keep_freed_memory()
+    runtime.use_cores()
+    names = ("out", "prompts", "format", "propagate", "overwrite")
+    request = predicting.Request(tuple(options.inputs), **{name: getattr(options, name) for name in names})
+    try:
+        with _progress("predicting") as tell:
+            outcome = predicting.predict(run, config, request, tell)
+    except KeyboardInterrupt:
+        raise Stopped(f"stopped; the masks in {options.out} are whole, and the same command goes on") from None
+    print(outcome.summary(options.out))
+    for failure in outcome.failed:
+        _say(failure, 1)
+    return 1 if outcome.failed else 0
 
 
 def compare(options: Namespace) -> None:
@@ -239,6 +264,28 @@ def reproduce(options: Namespace) -> int:
     return 0
 
 
+def export(options: Namespace) -> None:
+    """Write a run's network for elsewhere, adapter merged: safetensors, ONNX, a hub folder, the original SAM's .pth."""
+    from cheaplunch import runtime
+    from cheaplunch.export import export
+    from cheaplunch.runs import RunFolder
+
+    runtime.use_cores()
+    with console.status("reading the run") as status:
+        files = export(RunFolder(options.run), options.format, options.out, options.weights, status.update)
+    for path in files:
+        print(f"{path} ({path.stat().st_size / 2**20:.1f} MiB)")
+
+
+def export_nnunet(options: Namespace) -> None:
+    """Write a raw folder for nnU-Net v2, with the exemplars alone to train on and the test images whole."""
+    from cheaplunch.nnunet import export_nnunet, next_steps
+
+    with _progress("reading") as read, _progress("writing") as tell:
+        folder, tested = export_nnunet(_config(options, "cheap-lunch"), options.out, read, tell)
+    print("\n".join([f"nnU-Net raw folder: {folder}", "next:", *(f"  {step}" for step in next_steps(folder, tested))]))
+
+
 def demo(options: Namespace) -> None:
     """The whole way on real MRI and weights that come with packages: label eight slices, train, compare."""
     from cheaplunch.data.demo import write_demo_dataset
@@ -278,8 +325,11 @@ VERBS: dict[str, typing.Callable[[Namespace], int | None]] = {
     "synthesize": synthesize,
     "finetune": finetune,
     "evaluate": evaluate,
+    "predict": predict,
     "compare": compare,
     "reproduce": reproduce,
+    "export": export,
+    "export-nnunet": export_nnunet,
 }
 
 
@@ -351,7 +401,18 @@ def _plan(config: RunConfig, out: Path) -> str:
     )
 
 
-OF_MODELS = ("backbone", "weights", "image_size", "axis", "window", "classes", "smooth_mm", "device", "precision")
+OF_MODELS = (
+    "backbone",
+    "weights",
+    "image_size",
+    "mask",
+    "axis",
+    "window",
+    "classes",
+    "smooth_mm",
+    "device",
+    "precision",
+)
 
 
 def _assessment(options: Namespace) -> Assessment:
@@ -369,16 +430,25 @@ def _assessment(options: Namespace) -> Assessment:
         given += [name for name in of_prompts if getattr(options, name)] + ["draws"] * (options.draws > 1)
         if given:
             raise UserError(f"--{given[0].replace('_', '-')} does nothing with --predictions; leave it out")
-    words = options.prompts or ("auto" if foreign else "furthest")
+    words = options.prompts or ("auto" if foreign else prompts_for(_model(options)))
     px = (options.box_margin, options.point_jitter, options.box_jitter)
     prompting = read_prompting(words, *px, mask_prompt=not options.no_mask_prompt)
-    if not (foreign or prompting.from_truth):
-        raise UserError(f"--prompts {words}: no method takes it yet; choose one of: {', '.join(PROMPT_WORDS)}")
+    if prompting.kind == "text" and not foreign:
+        raise UserError(f"--prompts text: no method takes it yet; choose one of: {', '.join(PROMPT_WORDS)}")
     if options.draws < 1:
         raise UserError(f"--draws is {options.draws}; it must be above 0")
     if options.draws > 1 and not prompting.varies:
         raise UserError(f"--draws {options.draws}: every draw of {words} is the same; add jitter, or leave it out")
+    if not foreign:
+        check_prompting(_model(options), prompting)
     return Assessment(options.data, prompting, protocols, options.draws, options.nsd_tolerance, options.seed)
+
+
+def _model(options: Namespace) -> ModelConfig:
+    """Of the RUN to evaluate, or of the weights as they are."""
+    from cheaplunch.runs import RunFolder
+
+    return (RunFolder(options.run).load_config() if options.run else build_config("zero-shot", {})).model
 
 
 def _evaluate_run(
@@ -405,7 +475,7 @@ def _evaluate_run(
     config = override(config, here)
     scored: dict[str, dict[str, dict]] = {}  # name → protocol → JSON
     with processes.shared_folder(pick_device(config.device).type == "cpu") as scratch:
-        if baseline:
+        if baseline and assessment.prompting.kind != "auto":  # which the untuned weights do not take
             scored["zero-shot"] = _assess(zero_shot_of(config), None, assessment, scratch / "zero-shot", "zero-shot")
         written = masks or scratch / "masks"
         scored["fine-tuned"] = _assess(config, run, assessment, written, "fine-tuned")
@@ -471,6 +541,7 @@ def _show_results(results: dict[str, dict[str, dict]], out: Path) -> None:
 
 
 FIGURE_ROWS = 4
+EXPORT_FORMATS = ("safetensors", "onnx", "hub", "sam-pth")  # of export.FORMATS, which is slow to import
 
 
 def _side_by_side(options: Namespace) -> bytes | None:
@@ -606,7 +677,7 @@ def build_parser() -> ArgumentParser:
 
     sub = verb("finetune")
     sub.add_argument("--method", default="cheap-lunch", help=f"one of: {', '.join(METHODS)} (default: %(default)s)")
-    _add_settings(sub, list(settings()), required=False)
+    _add_settings(sub, [name for name in settings() if name != "class_names"], required=False)
     sub.add_argument("--out", type=Path, required=True, metavar="RUN", help="run folder to make")
     sub.add_argument(
         "--no-synthesis",
@@ -636,8 +707,9 @@ def build_parser() -> ArgumentParser:
     sub.add_argument(
         "--prompts",
         metavar="KIND",
-        help=f"drawn from the truth: {', '.join(PROMPT_WORDS)} (default: furthest); "
-        "with --predictions what their tool was given (default: auto, nothing)",
+        help=f"drawn from the truth: {', '.join(PROMPT_WORDS[:-1])}; or auto, nothing, of a method that takes none "
+        "(default: what RUN learned from; zero-shot: furthest); "
+        "with --predictions what their tool was given (default: auto)",
     )
     for flag, what in (
         ("--box-margin", "widens boxes"),
@@ -665,6 +737,27 @@ def build_parser() -> ArgumentParser:
     )
     sub.add_argument("--seed", type=int, default=0, help="of random prompts and the bootstrap (default: %(default)s)")
 
+    sub = verb("predict")
+    sub.add_argument("run", type=Path, metavar="RUN", help="run folder of `cheaplunch finetune`")
+    sub.add_argument("inputs", type=Path, nargs="+", metavar="INPUT", help="images, or folders of images or DICOM")
+    sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the masks")
+    sub.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help="clicks and boxes: FILE.json, FILE.mrk.json of 3D Slicer, or a folder with one for each image "
+        "(docs/predict.md); auto: none, for methods that need none",
+    )
+    formats = ("same", "nii.gz", "nrrd", "seg")
+    sub.add_argument("--format", choices=formats, default="same", help="of the masks (default: %(default)s)")
+    sub.add_argument(
+        "--propagate",
+        action=BooleanOptionalAction,
+        default=True,
+        help="carry what is found on prompted slices to those around (default: yes)",
+    )
+    sub.add_argument("--overwrite", action="store_true", help="write masks that are there already once more")
+    _add_settings(sub, ["weights", "device", "precision", "smooth_mm"])
+
     sub = verb("compare")
     sub.add_argument("results", nargs="+", metavar="[NAME=]FILE.json", help="written by `cheaplunch evaluate`")
     sub.add_argument("--out", type=Path, required=True, metavar="TABLE", help="to write: .md, .csv, .tex or .html")
@@ -680,6 +773,20 @@ def build_parser() -> ArgumentParser:
     sub.add_argument("--masks", nargs="+", metavar="NAME=DIR", help="of `evaluate --save-masks DIR`: the columns")
     sub.add_argument("--slices", nargs="+", metavar="CASE:N", help="rows (default: the fullest of some test cases)")
     _add_settings(sub, ["data", "axis", "window"], required=False)
+
+    sub = verb("export")
+    sub.add_argument("run", type=Path, metavar="RUN", help="finished run folder of `cheaplunch finetune`")
+    sub.add_argument("--format", required=True, choices=EXPORT_FORMATS, help="what to write (docs/export.md)")
+    sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to make")
+    _add_settings(sub, ["weights"])
+
+    sub = verb("export-nnunet")
+    _add_settings(
+        sub, ["data", "classes", "exemplars", "exemplar_percent", "exemplar_file", "strategy", "axis", "seed"]
+    )
+    sub.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="folder to make: .../Dataset501_NAME, or to have it in"
+    )
 
     sub = verb("reproduce")
     sub.add_argument("tables", metavar="TABLE,...", help="cheap-lunch:1 to 6, or several of one data set with commas")
