@@ -228,7 +228,7 @@ class TrainingConfig:
     augmentation: Literal["none", "samed"] = setting(
         "none", "of every sample, synthesized or not, on top: samed is a quarter turn and a flip, or a small rotation"
     )
-    learning_rate: float = setting(2e-3, "of AdamW, at its top (§3.3: 0.001; see docs/results.md)")
+    learning_rate: float = setting(2e-3, "of AdamW, at its top (§3.3: 0.001; see docs/choices.md)")
     weight_decay: float = setting(0.01, "of AdamW, on everything but biases and norms (paper: not stated)")
     warmup_steps: int = setting(80, "steps in which the learning rate rises (§3.3: number not stated)")
     decay: Literal["exponential", "polynomial"] = setting(

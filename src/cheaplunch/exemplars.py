@@ -37,7 +37,7 @@ def pick_exemplars(
     """`count` slices of `index` to learn from; raises UserError where there are not so many to choose from.
 
     The paper takes `most-classes` where there are several classes and `random` where there is one. `auto` is
-    `spread`, which taught more from as few slices on training cases held out (docs/results.md), and `most-classes`
+    `spread`, which taught more from as few slices on training cases held out (docs/choices.md), and `most-classes`
     for a single one, which has to show them all. A slice with pixels that nobody decided on is never taken. `all`
     takes every other slice that is worth it, whatever `count`.
 
