@@ -25,11 +25,12 @@ from typing import Any
 from common import HERE, arguments, console, machine, progress, slug, versions
 
 from cheaplunch import runtime
-from cheaplunch.config import Prompting, build_config
+from cheaplunch.config import build_config
 from cheaplunch.evaluation.comparison import Run, compare, mean_of_runs
 from cheaplunch.evaluation.formats import markdown
 from cheaplunch.files import write_text
 from cheaplunch.models.segmenter import build_segmenter, load_segmenter
+from cheaplunch.prompting import Prompting
 from cheaplunch.scoring import Assessment, assess
 from cheaplunch.training import finetune
 

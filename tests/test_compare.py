@@ -142,6 +142,7 @@ def test_wrong_input(data, made, tmp_path, capsys):
         ([data / "dataset.json"], "dataset.json is no evaluation: it lacks protocol"),
         ([good, tmp_path / "other.json"], "other.json are of different data"),
         ([f"a={good}", f"a={good}"], "two rows are called a (good)"),
+        ([f"a={good},{good}"], "a file is there twice"),
         ([good, "--papers", "cheap-lunch:9"], "--papers cheap-lunch:9: no such table"),
         ([good, "--papers", "msa:1", "--no-papers"], "--no-papers"),
         ([good, "--metric", "beauty"], "--metric beauty"),

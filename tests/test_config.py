@@ -77,6 +77,8 @@ def test_yaml_takes_names_as_flags_are_written(tmp_path):
         ({"real_share": 1.5}, "--real-share is 1.5"),
         ({"flip": -0.1}, "--flip is -0.1"),
         ({"window": (10.0, 10.0)}, "--window is"),
+        ({"adapter_parts": ("encoder", "head")}, "--adapter-parts head is not known; choose from: encoder"),
+        ({"adapter_parts": ("encoder", "depth")}, "--adapter-parts depth: training takes slices one by one"),
     ],
 )
 def test_values_no_run_can_have(values, message):
@@ -114,7 +116,13 @@ def test_an_unknown_method():
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [(None, "cannot be read"), ("- a\n- b\n", "setting: value"), ("a: [1\n", "not valid YAML"), ("", "setting: value")],
+    [
+        (None, "cannot be read"),
+        ("- a\n- b\n", "setting: value"),
+        ("a: [1\n", "not valid YAML"),
+        ("", "setting: value"),
+        ("steps: 3\nstepz: 4\n", "there is no setting stepz"),
+    ],
 )
 def test_a_yaml_file_that_is_none(tmp_path, text, message):
     path = tmp_path / "mine.yaml"

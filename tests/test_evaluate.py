@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 
 from cheaplunch.__main__ import main
-from cheaplunch.config import Prompting, read_prompting
-from cheaplunch.errors import UserError
+from cheaplunch.config import build_config, save_config
 
 
 @pytest.fixture(scope="module")
@@ -60,17 +59,14 @@ def test_clicks_leave_a_curve_in_the_run(tiny_dataset, weights, tmp_path):
     assert (kept / "clicks.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_run_that_is_not_finished_is_no_matter_of_minutes(tmp_path, capsys):
+    save_config(build_config("cheap-lunch", {"data": tmp_path}), tmp_path / "run" / "config.yaml")
+    assert evaluate(tmp_path / "run", "--data", tmp_path, "--out", tmp_path / "r.json") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{tmp_path / 'run'} is not finished" in line
+
+
 # ---- words
-
-
-def test_prompts_as_they_are_said():
-    assert read_prompting("clicks:12") == Prompting("clicks", 12)
-    assert str(read_prompting("clicks:12")) == "clicks:12"
-    assert str(read_prompting("one-click")) == "one-click"
-    assert read_prompting("box", 2.0, box_jitter_px=3.0) == Prompting("box", 1, 2.0, 0.0, 3.0)
-    for words in ("clicks", "clicks:", "clicks:0", "clicks:-1", "clicks:many", "box:3", "", "guess"):
-        with pytest.raises(UserError, match="--prompts"):
-            read_prompting(words)
 
 
 @pytest.mark.parametrize(
@@ -89,6 +85,8 @@ def test_prompts_as_they_are_said():
         ("RUN --prompts random --no-mask-prompt", "--no-mask-prompt"),
         ("RUN --protocol strict,loose", "--protocol loose"),
         ("RUN --label mine", "--label"),
+        ("--method magic", "--method magic is not known"),
+        ("--method samed", "--method samed has to be trained first"),
         ("RUN --predictions masks", "one of"),
         ("--predictions masks --image-size 64", "--image-size"),
         ("--predictions masks --save-masks more", "--save-masks"),

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from PIL import Image
 
 from cheaplunch import export as room
 from cheaplunch.__main__ import EXPORT_FORMATS, main
-from cheaplunch.config import build_config
+from cheaplunch.config import build_config, override, save_config
 from cheaplunch.errors import UserError
 from cheaplunch.models import onnx_graphs
 from cheaplunch.models.backbones import build_tiny_vit, load_backbone
@@ -391,6 +392,18 @@ def test_a_run_that_is_not_finished_is_one_line(vit_run, tmp_path, capsys):
     [line] = capsys.readouterr().err.splitlines()
     assert "not a finished run" in line
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "other", [{"head": "classes", "training_prompts": "none"}, {"tuning": "adapter"}], ids=["classes", "adapter"]
+)
+def test_a_run_that_has_no_export_yet_is_named(other, vit_run, tmp_path):
+    foreign = RunFolder(Path(shutil.copytree(vit_run.root, tmp_path / "run")))
+    save_config(override(vit_run.load_config(), other), foreign.config)
+    for format in room.FORMATS:
+        with pytest.raises(UserError, match=f"{foreign.root} is of --method"):
+            room.export(foreign, format, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
 
 
 def test_an_error_leaves_nothing_behind(vit_run, tmp_path, monkeypatch):

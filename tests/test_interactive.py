@@ -10,13 +10,13 @@ import pytest
 import torch
 from nibabel.affines import apply_affine
 
-from cheaplunch.config import Prompting
 from cheaplunch.data.cases import CaseSlices
-from cheaplunch.data.slices import Window, to_slices
-from cheaplunch.data.volume import Grid, Volume, read_volume, to_lps
+from cheaplunch.data.slices import Window
+from cheaplunch.data.volume import Grid, Volume, read_volume
 from cheaplunch.errors import UserError
-from cheaplunch.interactive import Answer, Box, Click, EmbeddingCache, Mark, OpenCase, Places, carry, quality_of
+from cheaplunch.interactive import Answer, Box, Click, EmbeddingCache, Mark, OpenCase, carry, quality_of
 from cheaplunch.prediction import Predictor, carry_click, segment_draws
+from cheaplunch.prompting import Prompting
 from cheaplunch.prompts import Prompts, furthest_point, tight_box
 
 LABELS = {"disc": 1, "block": 2}
@@ -70,54 +70,11 @@ def open_case(labels: np.ndarray, **more) -> OpenCase:
 # ---- places
 
 
-def oblique(degrees: float = 20) -> np.ndarray:
-    """RAS affine of 0.7 × 0.8 × 3 mm, turned about all three axes."""
-    c, s = np.cos(np.deg2rad(degrees)), np.sin(np.deg2rad(degrees))
-    turn = np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]]) @ np.array([[1, 0, 0], [0, c, -s], [0, s, c]])
-    affine = np.eye(4)
-    affine[:3, :3], affine[:3, 3] = turn @ np.diag([0.7, 0.8, 3.0]), (31.5, -42.25, 110)
-    return affine
-
-
-SHAPE = (4, 3, 5)
-AFFINES = {
-    "RAS": np.diag([1.0, 2, 3, 1]),
-    "LPS": np.array([[-0.7, 0, 0, 50], [0, -0.7, 0, 60], [0, 0, 4, -9], [0, 0, 0, 1.0]]),
-    "PSR": np.array([[0, 0, 2, 5], [-1.5, 0, 0, 6], [0, 1.2, 0, 7], [0, 0, 0, 1.0]]),
-    "oblique": oblique(),
-    "oblique, flipped": oblique() @ np.diag([-1.0, 1, -1, 1]),
-}
-
-
-@pytest.mark.parametrize("axis", ["axial", "coronal", "sagittal"])
-@pytest.mark.parametrize("named", AFFINES)
-def test_pixels_of_slices_are_where_the_file_has_them(named, axis):
-    affine = AFFINES[named]
-    places = Places(Grid(Path("made up"), SHAPE, affine), axis)
-    # A file whose voxels say their own (i, j, k), cut as every image is cut.
-    said = np.stack([to_slices(to_lps(index, places.grid), axis) for index in np.indices(SHAPE)], -1)  # (N, H, W, 3)
-    for number, row, column in np.ndindex(said.shape[:3]):
-        voxel = said[number, row, column]
-        np.testing.assert_allclose(places.off_slices(column, row, number, "voxel"), voxel, atol=1e-9)
-        ras = apply_affine(affine, voxel)
-        np.testing.assert_allclose(places.off_slices(column, row, number, "world_ras"), ras, atol=1e-9)
-        for coordinates, place in (("voxel", voxel), ("world_ras", ras), ("world_lps", ras * (-1, -1, 1))):
-            found = places.on_slices(place, coordinates)
-            np.testing.assert_allclose(found, (column, row, number), atol=1e-9)
-            np.testing.assert_allclose(places.off_slices(*found, coordinates), place, atol=1e-9)
-
-
-def test_a_picture_has_columns_and_rows_and_no_patient():
-    places = Places(Grid(Path("made up"), (7, 9)))
-    assert places.on_slices((5, 2), "voxel") == (5, 2, 0)
-    with pytest.raises(UserError, match="give its voxels"):
-        places.on_slices((5, 2, 0), "world_lps")
-
-
 def test_marks_find_their_slice_in_any_coordinates():
-    case = OpenCase(Predictor(LikeThePoint()), volume_of(np.zeros((5, 6, 7)), AFFINES["LPS"]), Window(0, 1), "coronal")
+    affine = np.array([[-0.7, 0, 0, 50], [0, -0.7, 0, 60], [0, 0, 4, -9], [0, 0, 0, 1.0]])
+    case = OpenCase(Predictor(LikeThePoint()), volume_of(np.zeros((5, 6, 7)), affine), Window(0, 1), "coronal")
     # Voxel (i, j, k) = (2, 1, 3) of LPS axes is x 2 and y 1; superior is on top, so that z 3 of 5 is row 1.
-    ras = tuple(apply_affine(AFFINES["LPS"], (2, 1, 3)).tolist())
+    ras = tuple(apply_affine(affine, (2, 1, 3)).tolist())
     lps = (-ras[0], -ras[1], ras[2])
     for coordinates, place in (("voxel", (2, 1, 3)), ("world_ras", ras), ("world_lps", lps)):
         click = case.place(Mark("block", coordinates, (place,), False), LABELS)
@@ -363,7 +320,8 @@ def test_a_slice_is_embedded_once_for_all_who_wait_and_an_error_is_not_kept():
 
 @pytest.mark.parametrize("axis", ["axial", "coronal", "sagittal"])
 def test_a_mask_lies_on_the_grid_of_its_file(axis, tmp_path):
-    array, affine = np.full((9, 8, 7), 0.1, np.float32), AFFINES["oblique, flipped"].copy()
+    array = np.full((9, 8, 7), 0.1, np.float32)
+    affine = np.array([[-0.56, 0.48, 0, 31.5], [-0.42, -0.64, 0, 5], [0, 0, -3, 110], [0, 0, 0, 1]])  # turned
     array[2:7, 2:6, 2:5] = 0.9
     image = nib.Nifti1Image(array, affine)
     nib.save(image, tmp_path / "scan.nii.gz")

@@ -185,6 +185,10 @@ def test_empty_folder(tmp_path, capsys):
         (["evaluate", "nowhere", "--data", ".", "--out", "x.json"], "nowhere"),
         (["evaluate", "nowhere", "--data", ".", "--out", "x.json", "--prompts", "guess"], "--prompts"),
         (["weights", "sam-unknown"], "sam-unknown"),
+        (["finetune", "--data", ".", "--out", "something/run"], "--out something/run: something is a file"),
+        (["evaluate", "x", "--data", ".", "--out", "something/deep/x.json"], "something is a file, not a folder"),
+        (["evaluate", "x", "--data", ".", "--out", "x.json", "--save-masks", "something"], "--save-masks something is"),
+        (["synthesize", "--data", ".", "--out", "something"], "--out something is a file"),
         (["dance"], "dance"),
     ],
 )

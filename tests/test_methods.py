@@ -11,15 +11,7 @@ import yaml
 from safetensors.torch import load_file
 
 from cheaplunch.__main__ import main
-from cheaplunch.config import (
-    METHODS,
-    Prompting,
-    build_config,
-    check_prompting,
-    load_config,
-    prompts_for,
-    read_prompting,
-)
+from cheaplunch.config import METHODS, build_config, check_prompting, load_config, prompts_for
 from cheaplunch.data.cases import load_case
 from cheaplunch.data.layouts import open_dataset
 from cheaplunch.data.slices import Window
@@ -27,6 +19,7 @@ from cheaplunch.errors import UserError
 from cheaplunch.models.lora import ADAPTER_FILE
 from cheaplunch.models.segmenter import load_segmenter
 from cheaplunch.prediction import Predictor, segment_auto
+from cheaplunch.prompting import Prompting, read_prompting
 from cheaplunch.runs import RunFolder
 from cheaplunch.training import finetune
 
@@ -118,6 +111,7 @@ def test_what_a_method_was_made_for():
         ("cheap-lunch", {"mask": "best"}, "--mask best is of SAM as it is"),
         ("cheap-lunch", {"empty_share": 0.1}, "--empty-share"),
         ("samed", {"empty_share": 1.1}, "--empty-share is 1.1"),
+        ("unet", {"backbone": "lite-medsam"}, "--backbone lite-medsam: --method unet is a network of its own"),
     ],
 )
 def test_settings_that_do_not_go_together(method, values, said):

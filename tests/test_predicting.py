@@ -14,7 +14,6 @@ from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
 from cheaplunch import predicting
 from cheaplunch.__main__ import main
-from cheaplunch.config import Prompting
 from cheaplunch.data.cases import load_case
 from cheaplunch.data.layouts import open_dataset
 from cheaplunch.data.volume import read_label, read_volume
@@ -23,6 +22,7 @@ from cheaplunch.interactive import Mark, open_model
 from cheaplunch.material import pick_window
 from cheaplunch.predicting import Image, Request, assign, find_images
 from cheaplunch.prediction import Predictor, segment_draws
+from cheaplunch.prompting import Prompting
 from cheaplunch.prompts import furthest_point
 from cheaplunch.runs import RunFolder
 
@@ -97,7 +97,7 @@ def test_a_mask_of_other_prompts_is_not_taken_nor_replaced_unasked(run, tiny_dat
     assert predict(run, *words, prompts(tmp_path / "same.json", CLICKS)) == 0  # whatever the file is called
     capsys.readouterr()
     other = prompts(tmp_path / "q.json", CLICKS[:1])
-    assert predict(run, *words, other) == 1
+    assert predict(run, *words, other) == 2
     [line] = complaints(capsys)
     assert "case_0.nii.gz is there, made from something else; --overwrite" in line
     np.testing.assert_array_equal(read(out / "case_0.nii.gz"), first)
@@ -151,8 +151,35 @@ def test_formats(run, tiny_dataset, tmp_path, capsys):
     assert label.any()
     np.testing.assert_array_equal(read_label(tmp_path / "nrrd" / "case_0.nrrd", volume), label)
     capsys.readouterr()
-    assert predict(run, *words, tmp_path / "seg", "--format", "seg") == 1
-    assert "case_0.dcm: a mask of case_0_0000.nii.gz cannot end so" in capsys.readouterr().err
+    assert predict(run, *words, tmp_path / "seg", "--format", "seg") == 2
+    assert f"--format seg cannot hold a mask of {image}" in capsys.readouterr().err
+    assert not (tmp_path / "seg").exists()  # nor a record of a mask that is not there
+
+
+def test_a_damaged_run_is_named(run, tiny_dataset, tmp_path, capsys):
+    damaged = Path(shutil.copytree(run, tmp_path / "run"))
+    (damaged / "environment.json").write_text("{")
+    words = [tiny_dataset, "--out", tmp_path / "masks", "--prompts", prompts(tmp_path / "p.json", {"case_0": CLICKS})]
+    assert predict(damaged, *words) == 2
+    assert f"{damaged / 'environment.json'} is damaged" in capsys.readouterr().err
+
+
+def test_a_mistake_about_the_only_image_is_the_users(run, tiny_dataset, tmp_path, capsys):
+    image, twice = tiny_dataset / "imagesTr" / "case_0_0000.nii.gz", {"voxel": [[5, 5, 2], [9, 9, 2]]}
+    damaged = tmp_path / "case_7.nii.gz"
+    damaged.write_bytes(image.read_bytes()[:900])
+    for given, asked, naming in (
+        (image, [{"class": "disc", "voxel": [11, 140, 2]}], "p.json, entry 1: voxel [11.0, 140.0, 2.0] lies outside"),
+        (image, [{"class": "disc", "box": twice}] * 2, "p.json, entry 2: its slice has a box of disc already"),
+        (image, {"case_9": CLICKS}, "p.json is for case_9, and there is no such image; the input has: case_0"),
+        (image, {"case_0": []}, "p.json has no prompts in it"),
+        (damaged, CLICKS, "case_7.nii.gz is cut off or damaged"),
+    ):
+        assert predict(run, given, "--out", tmp_path / "masks", "--prompts", prompts(tmp_path / "p.json", asked)) == 2
+        captured = capsys.readouterr()
+        (line,) = captured.err.strip().splitlines()
+        assert naming in line and not captured.out
+        assert not (tmp_path / "masks").exists()
 
 
 def test_ctrl_c_leaves_whole_masks(run, tiny_dataset, tmp_path, monkeypatch, capsys):
@@ -183,6 +210,7 @@ def test_ctrl_c_leaves_whole_masks(run, tiny_dataset, tmp_path, monkeypatch, cap
         ("nowhere --prompts list.json", "nowhere: no such file or folder"),
         ("SET/imagesTr/case_0_0000.nii.gz --prompts lung.json", "entry 1: \"class\" is 'lung'; choose of: disc, block"),
         ("SET --out SET/masks --prompts list.json", "would pass for images"),
+        ("SET --out list.json --prompts list.json", "--out list.json is a file"),
     ],
 )
 def test_wrong_words(words, naming, run, tiny_dataset, tmp_path, monkeypatch, capsys):

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from cheaplunch.config import Prompting
 from cheaplunch.data.cases import CaseSlices
 from cheaplunch.data.slices import Frame, as_rgb
 from cheaplunch.merging import Segmentation, merge_classes, smooth_across, smooth_scores
 from cheaplunch.prediction import Predictor, carry_click, segment_draws, segment_with_oracle
+from cheaplunch.prompting import Prompting
 from cheaplunch.prompts import Prompts, next_click, random_point
 
 

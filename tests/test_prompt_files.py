@@ -92,6 +92,7 @@ LIVER = {"class": "liver"}
         ([LIVER | {"voxel": [1, "2", 3]}], "not '2'"),
         ('[{"class": "liver", "voxel": [1, NaN, 3]}]', "not nan"),
         ([LIVER | {"voxel": [1, True, 3]}], "not True"),
+        ([LIVER | {"voxel": [1, 10**400, 3]}], r"not 1000+$"),
         ([LIVER | {"voxel": [1, 2, 3], "label": 2}], '"label" is 2'),
         ([LIVER | {"voxel": [1, 2, 3], "label": 0.0}], '"label" is 0.0'),
         ([LIVER | {"box": [[1, 2, 3], [4, 5, 3]]}], "a box is"),

@@ -12,12 +12,13 @@ import torch
 from PIL import Image
 
 from cheaplunch import figures, scoring
-from cheaplunch.config import build_config, read_prompting, save_config
+from cheaplunch.config import build_config, save_config
 from cheaplunch.data.cases import load_case
 from cheaplunch.data.layouts import open_dataset
 from cheaplunch.data.slices import Window
 from cheaplunch.errors import UserError
 from cheaplunch.prediction import Predictor, segment_draws
+from cheaplunch.prompting import read_prompting
 from cheaplunch.report import write_report
 from cheaplunch.report_cases import (
     MODES,

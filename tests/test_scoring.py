@@ -8,9 +8,10 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from cheaplunch.config import Prompting, build_config
+from cheaplunch.config import build_config
 from cheaplunch.errors import UserError
 from cheaplunch.prediction import Predictor
+from cheaplunch.prompting import Prompting
 from cheaplunch.scoring import Assessment, assess, assess_predictions
 
 

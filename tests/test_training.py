@@ -269,6 +269,12 @@ def test_resume_with_other_settings_is_refused_and_names_them(settings, tmp_path
         finetune(settings(batch_size=1), tmp_path / "cut", resume=True)
 
 
+def test_resume_of_a_finished_run_is_that_run_and_no_other(settings, run):
+    assert finetune(settings(), run.root, resume=True).root == run.root
+    with pytest.raises(UserError, match="--resume: lora_rank was 4"):
+        finetune(settings(lora_rank=8), run.root, resume=True)
+
+
 def test_resume_of_nothing(settings, tmp_path):
     with pytest.raises(UserError, match="is not a run"):
         finetune(settings(), tmp_path / "none", resume=True)

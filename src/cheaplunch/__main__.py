@@ -25,19 +25,18 @@ from cheaplunch import processes
 from cheaplunch.config import (
     METHODS,
     NAMES,
-    PROMPT_WORDS,
     ModelConfig,
     RunConfig,
     build_config,
     check_prompting,
     override,
     prompts_for,
-    read_prompting,
     read_yaml,
     setting_type,
     settings,
 )
 from cheaplunch.errors import Stopped, UserError
+from cheaplunch.prompting import PROMPT_WORDS, read_prompting
 
 if typing.TYPE_CHECKING:
     from cheaplunch.runs import RunFolder
@@ -53,6 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         options = build_parser().parse_args([word for word in arguments if word != "--debug"])
         with contextlib.redirect_stdout(io.StringIO()) if processes.rank() else contextlib.nullcontext():
+            _check_places(options)
             return VERBS[options.verb](options) or 0
     except UserError as error:
         if debug:
@@ -115,8 +115,10 @@ def synthesize(options: Namespace) -> None:
     from cheaplunch.material import prepare, preview, write_set
 
     config = _config(options, "cheap-lunch", synthetic=options.count)
-    if options.out.exists() and any(options.out.iterdir()):
-        raise UserError(f"--out {options.out} is not empty; give a new folder")
+    if options.out.is_file() or (options.out.is_dir() and any(options.out.iterdir())):
+        raise UserError(
+            f"--out {options.out} is {'a file' if options.out.is_file() else 'not empty'}; give a new folder"
+        )
     with _progress("reading") as tell:
         material = prepare(config, tell)
     names = list(material.dataset.labels)
@@ -148,6 +150,8 @@ def evaluate(options: Namespace) -> None:
         raise UserError(f"--out {options.out} is a folder; give the JSON file to write")
     if sum(source is not None for source in (options.run, options.method, options.predictions)) != 1:
         raise UserError("give one of: a RUN to evaluate, --method zero-shot with --backbone, --predictions DIR")
+    if options.save_masks is not None and options.save_masks.is_file():
+        raise UserError(f"--save-masks {options.save_masks} is a file; give a folder")
     if options.label is not None and options.predictions is None:
         raise UserError("--label names the tool of --predictions DIR; leave it out")
     assessment = _assessment(options)  # mistakes before minutes of work, not after
@@ -156,6 +160,8 @@ def evaluate(options: Namespace) -> None:
         for name in ("backbone", "image_size", "mask", "axis", "window", "classes"):
             if getattr(options, name) is not None:
                 raise UserError(f"--{name.replace('_', '-')} goes with --method zero-shot; {run.root} brings its own")
+        if not run.finished():
+            raise UserError(f"{run.root} is not finished; `cheaplunch finetune --resume` with its settings ends it")
         results = _evaluate_run(run, assessment, options.save_masks, options.baseline, _given(options))
         _write_results({protocol: named["fine-tuned"] for protocol, named in results.items()}, options.out)
         _show_results(results, options.out)
@@ -172,6 +178,7 @@ def evaluate(options: Namespace) -> None:
         with processes.shared_folder(pick_device(config.device).type == "cpu") as scratch:
             scored = _assess(config, None, assessment, options.save_masks or scratch / "masks", name)
     else:
+        build_config(options.method, {})  # for an unknown one says so
         raise UserError(
             f"--method {options.method} has to be trained first: `cheaplunch finetune`, then evaluate its RUN"
         )
@@ -334,6 +341,17 @@ VERBS: dict[str, typing.Callable[[Namespace], int | None]] = {
 
 
 # --- what verbs share ------------------------------------------------------------------------------------------------
+
+
+def _check_places(options: Namespace) -> None:
+    """Raises UserError where nothing could be written in the end: mistakes before minutes of work, not after."""
+    for name in ("out", "save_masks", "figure"):
+        path: Path | None = getattr(options, name, None)
+        blocking = next((parent for parent in path.parents if parent.is_file()), None) if path else None
+        if blocking is not None:
+            raise UserError(
+                f"--{name.replace('_', '-')} {path}: {blocking} is a file, not a folder; give another place"
+            )
 
 
 def _config(options: Namespace, method: str, **more: Any) -> RunConfig:

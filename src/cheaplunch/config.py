@@ -19,74 +19,7 @@ import yaml
 from cheaplunch.errors import UserError
 from cheaplunch.files import write_text
 from cheaplunch.methods import METHODS
-
-PromptKind = Literal["furthest", "random", "box", "clicks", "one-click", "text", "auto"]
-PROMPT_WORDS = ("furthest", "random", "box", "clicks:N", "one-click", "auto")
-"""What `--prompts` takes; no method takes text yet."""
-
-
-@dataclass(frozen=True)
-class Prompting:
-    """Who says where to look, how often and how well: `--prompts` and the flags that go with it.
-
-    furthest, random, box: from the truth of each class and slice its point furthest from the boundary, a random
-    point, its tight box. clicks: so many of a simulated user, for each class and slice. one-click: one point a class
-    and volume, carried through it. text, auto: class names, nothing; not from the truth. All px are the image's own.
-    mask_prompt: after the first of several clicks the network is also shown its last answer.
-    """
-
-    kind: PromptKind = "furthest"
-    clicks: int = 1
-    box_margin_px: float = 0.0
-    point_jitter_px: float = 0.0
-    box_jitter_px: float = 0.0
-    mask_prompt: bool = True
-
-    def __str__(self) -> str:
-        return f"clicks:{self.clicks}" if self.kind == "clicks" else self.kind
-
-    @property
-    def from_truth(self) -> bool:
-        return self.kind not in ("text", "auto")
-
-    @property
-    def tells_presence(self) -> bool:
-        """Whether the prompts also say which classes a slice has."""
-        return self.kind in ("furthest", "random", "box", "clicks")
-
-    @property
-    def varies(self) -> bool:
-        """Whether another draw gives other prompts."""
-        jitter_px = self.box_jitter_px if self.kind == "box" else self.point_jitter_px
-        return self.kind in ("random", "clicks") or jitter_px > 0
-
-
-def read_prompting(
-    words: str,
-    box_margin_px: float = 0.0,
-    point_jitter_px: float = 0.0,
-    box_jitter_px: float = 0.0,
-    mask_prompt: bool = True,
-) -> Prompting:
-    """`--prompts` as it stands on the command line, and what goes with it. UserError for what means nothing."""
-    kind, _, count = words.partition(":")
-    if kind not in typing.get_args(PromptKind) or (kind == "clicks") != (count != ""):
-        raise UserError(f"--prompts {words} is not known; choose one of: {', '.join(PROMPT_WORDS)}")
-    if count and not (count.isdecimal() and int(count) > 0):
-        raise UserError(f"--prompts {words}: N is a whole number above 0, as in clicks:5")
-    for flag, px, goes in (
-        ("--box-margin", box_margin_px, kind == "box"),
-        ("--box-jitter", box_jitter_px, kind == "box"),
-        ("--point-jitter", point_jitter_px, kind != "box"),
-    ):
-        if not 0 <= px < math.inf:  # and not NaN
-            raise UserError(f"{flag} is {px}; it must be 0 or more px")
-        if px and not goes:
-            raise UserError(f"{flag} does nothing with --prompts {words}; leave it out")
-    if not mask_prompt and kind != "clicks":
-        raise UserError(f"--no-mask-prompt does nothing with --prompts {words}; leave it out")
-    px = (box_margin_px, point_jitter_px, box_jitter_px)
-    return Prompting(typing.cast(PromptKind, kind), int(count or 1), *px, mask_prompt)
+from cheaplunch.prompting import PROMPT_WORDS, Prompting
 
 
 def setting(default: Any, help: str) -> Any:
@@ -101,7 +34,7 @@ class DataConfig:
     axis: Literal["axial", "coronal", "sagittal"] = setting("axial", "which slices of a volume are used")
     window: tuple[float, float] | None = setting(
         None,
-        "intensities that become 0 and 1, as in '[-125, 275]' for CT (§3.1); "
+        "intensities that become 0 and 1, for CT as in -125 275, in YAML [-125, 275] (§3.1); "
         "default: a CT window, 0..255 for 8-bit images, otherwise percentiles of each volume",
     )
     exemplars: int = setting(9, "labelled slices to learn from (§3.2)")
@@ -267,6 +200,8 @@ class RunConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
 
+ADAPTER_PARTS = ("encoder", "decoder", "prompt")  # that training knows; models.adapters has one more
+
 NAMES = tuple[str, ...]  # the type of a setting that takes any number of names
 
 GROUPS: dict[str, type] = {
@@ -345,8 +280,16 @@ def check(config: RunConfig) -> None:
         )
     if "depth" in config.model.adapter_parts:
         raise UserError("--adapter-parts depth: training takes slices one by one, which depth learns nothing from")
+    for part in config.model.adapter_parts:
+        if part not in ADAPTER_PARTS:
+            raise UserError(f"--adapter-parts {part} is not known; choose from: {', '.join(ADAPTER_PARTS)}")
     if config.training.patience and not config.training.validation_cases:
         raise UserError("--patience needs cases to look at; add --validation-cases N")
+    own = METHODS[config.method].get("backbone")
+    if own not in (None, config.model.backbone):
+        raise UserError(
+            f"--backbone {config.model.backbone}: --method {config.method} is a network of its own; leave it out"
+        )
     _check_model(config.model)
     if config.training.empty_share and config.model.head != "classes":
         raise UserError(
@@ -443,7 +386,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not valid YAML ({str(error).splitlines()[0]})") from error
     if not isinstance(values, dict):
         raise UserError(f"{path} is not a list of `setting: value` lines")
-    return {str(name).replace("-", "_"): value for name, value in values.items()}
+    named = {str(name).replace("-", "_"): value for name, value in values.items()}
+    unknown = sorted(named.keys() - settings().keys() - {"method"})
+    if unknown:
+        raise UserError(f"{path}: there is no setting {unknown[0]}; `cheaplunch finetune --help` lists them")
+    return named
 
 
 def _plain(value: Any) -> Any:

@@ -6,10 +6,7 @@ Every folder is whole or not there, and explains itself in a README.md, the mode
 from __future__ import annotations
 
 import json
-import os
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +15,7 @@ import torch
 
 from cheaplunch.config import RunConfig, override
 from cheaplunch.errors import UserError
+from cheaplunch.files import whole_folder
 from cheaplunch.model_card import describe_run, write_card
 from cheaplunch.models.originals import to_original
 from cheaplunch.models.portable import sam_of, save_network
@@ -68,6 +66,11 @@ def export(run: RunFolder, format: str, out: Path, weights: Path | None = None, 
     config = run.load_config()
     if not run.finished():
         raise UserError(f"{run.root} is not a finished run; `cheaplunch finetune --resume` with its settings ends it")
+    if config.model.head == "classes" or config.model.tuning == "adapter":
+        raise UserError(
+            f"{run.root} is of --method {config.method}, and only SAM with prompts and without adapters can be "
+            "exported so far; `cheaplunch predict` runs it as it is"
+        )
     if format == "onnx":
         from cheaplunch.models.onnx_graphs import require_packages
 
@@ -77,8 +80,13 @@ def export(run: RunFolder, format: str, out: Path, weights: Path | None = None, 
     segmenter = load_segmenter(config.model, run.adapter)
     sam_of(segmenter)
     merged = Merged(run, config, segmenter, describe_run(run, config, segmenter.head))
-    with _whole_folder(out) as folder:
-        FORMATS[format](merged, folder, tell)
+    try:
+        with whole_folder(out) as folder:
+            FORMATS[format](merged, folder, tell)
+    except OSError as error:
+        raise UserError(
+            f"--out {out} cannot be written ({error.strerror or error}); make room, or give another"
+        ) from error
     return sorted(out.iterdir())
 
 
@@ -185,19 +193,3 @@ def _preprocessor(merged: Merged) -> dict[str, Any]:
 
 def _write_json(value: dict[str, Any], path: Path) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-@contextmanager
-def _whole_folder(out: Path) -> Iterator[Path]:
-    """A folder beside `out` to write into, which takes its name once the block ends without an error."""
-    unfinished = out.with_name(f".{out.name}.{os.getpid()}.unfinished")
-    try:
-        unfinished.mkdir(parents=True)
-        yield unfinished
-        unfinished.rename(out)
-    except OSError as error:
-        raise UserError(
-            f"--out {out} cannot be written ({error.strerror or error}); make room, or give another"
-        ) from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)

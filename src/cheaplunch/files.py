@@ -1,10 +1,11 @@
-"""Files that appear whole or not at all, and where a user's cache is."""
+"""Files and folders that appear whole or not at all, and where a user's cache is."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,6 +37,24 @@ def whole_or_nothing(path: Path, suffix: str = "") -> Iterator[Path]:
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill, beside `path`, that becomes it once the block ends without an error, and goes away else.
+
+    `path` may be there already, empty. The folder around it is made where it is missing.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+    try:
+        unfinished.mkdir()
+        yield unfinished
+        if path.is_dir():
+            path.rmdir()
+        unfinished.rename(path)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def clear_unfinished(folder: Path) -> None:

@@ -15,32 +15,26 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from nibabel.orientations import axcodes2ornt, inv_ornt_aff, ornt_transform
 from torch import Tensor
 
 from cheaplunch import runtime
 from cheaplunch.config import RunConfig
 from cheaplunch.data.cases import CaseSlices
 from cheaplunch.data.layouts import open_dataset
-from cheaplunch.data.slices import Axis, Window, from_slices, slice_step_mm, to_slices
+from cheaplunch.data.slices import Axis, Places, Window, from_slices, slice_step_mm, to_slices
 from cheaplunch.data.subset import take_classes
-from cheaplunch.data.volume import Grid, Volume, read_volume, write_mask
+from cheaplunch.data.volume import Coordinates, Volume, read_volume, write_mask
 from cheaplunch.errors import UserError
 from cheaplunch.merging import Segmentation
 from cheaplunch.models.segmenter import load_segmenter
 from cheaplunch.prediction import Embedded, Predictor, carry, on_slice, segment_auto
 from cheaplunch.prompts import Prompts
 from cheaplunch.runs import RunFolder
-
-Coordinates = Literal["voxel", "world_ras", "world_lps"]
-"""Of the file's own array, (i, j, k) as nibabel and ITK count them, of a picture (x, y) or (x, y, page); or mm in the
-patient: RAS as NIfTI has it, LPS as DICOM, ITK and 3D Slicer's files."""
 
 CACHE_BYTES = 512 * 2**20  # 128 slices at LiteMedSAM's 256 px, or at a ViT's 1024 px
 
@@ -119,53 +113,6 @@ def quality_of(answers: Answers, labels: Mapping[str, int]) -> dict[str, float |
         inside = [(mean, px) for mean, px in inside if mean is not None]
         quality[name] = float(sum(m * px for m, px in inside) / sum(px for _, px in inside)) if inside else None
     return quality
-
-
-# --- where a pixel of a slice is -------------------------------------------------------------------------------------
-
-_ARRAY_FROM_SLICES = {  # (x, y, slice number) → (x, y, z) of a volume's array; z runs down the rows, see `to_slices`
-    "axial": [[1, 0, 0], [0, 1, 0], [0, 0, 1]],
-    "coronal": [[1, 0, 0], [0, 0, 1], [0, -1, 0]],
-    "sagittal": [[0, 0, 1], [1, 0, 0], [0, -1, 0]],
-}
-_LPS_FROM_RAS = np.diag([-1.0, -1, 1, 1])  # its own inverse
-
-
-@dataclass(frozen=True, eq=False)
-class Places:
-    """Slices ↔ the file's voxels ↔ the patient's space. All are of voxel centres."""
-
-    grid: Grid
-    axis: Axis = "axial"
-
-    def on_slices(self, place: Sequence[float], coordinates: Coordinates) -> tuple[float, float, float]:
-        """(x, y, slice number) of a place; none of them need be whole, or inside. UserError for mm without a space."""
-        padded = (*place, 0.0)[:3]  # a picture's third number is its page
-        x, y, number, _ = np.linalg.solve(self._from_slices(coordinates), [*padded, 1.0]).tolist()
-        return x, y, number
-
-    def off_slices(self, x: float, y: float, number: float, coordinates: Coordinates) -> tuple[float, float, float]:
-        """The inverse of `on_slices`."""
-        i, j, k, _ = (self._from_slices(coordinates) @ [x, y, number, 1.0]).tolist()
-        return i, j, k
-
-    def _from_slices(self, coordinates: Coordinates) -> np.ndarray:
-        """(4, 4): (x, y, slice number) → a place."""
-        if coordinates == "voxel":
-            return self._voxels_from_slices
-        if self.grid.affine is None:
-            raise UserError(f"{self.grid.path} has no place in a patient; give its voxels")
-        ras = self.grid.affine @ self._voxels_from_slices
-        return ras if coordinates == "world_ras" else _LPS_FROM_RAS @ ras
-
-    @cached_property
-    def _voxels_from_slices(self) -> np.ndarray:
-        array = np.eye(4)
-        array[:3, :3] = _ARRAY_FROM_SLICES[self.axis]
-        array[2, 3] = 0 if self.axis == "axial" else self.grid.array_shape[1] - 1
-        if self.grid.affine is None:
-            return array
-        return inv_ornt_aff(ornt_transform(self.grid.orientation, axcodes2ornt("LPS")), self.grid.shape) @ array
 
 
 # --- embeddings ------------------------------------------------------------------------------------------------------
@@ -446,7 +393,10 @@ def open_model(run: RunFolder, config: RunConfig) -> Model:
 
 def _classes_and_channels(run: RunFolder, config: RunConfig) -> tuple[dict[str, int], int | None]:
     """As the run says, else as the images that it learned from do."""
-    said = json.loads(run.environment.read_text(encoding="utf-8")) if run.environment.is_file() else {}
+    try:
+        said = json.loads(run.environment.read_text(encoding="utf-8")) if run.environment.is_file() else {}
+    except ValueError as error:
+        raise UserError(f"{run.environment} is damaged ({error}); restore the file, or train anew") from error
     labels, channels = said.get("labels"), said.get("channels")
     try:
         if labels is None or channels is None:

@@ -8,37 +8,33 @@ that `evaluate --data` reads, and in it predictions have the numbers and the gri
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from nibabel.affines import from_matvec, voxel_sizes
-from nibabel.orientations import axcodes2ornt, inv_ornt_aff, ornt_transform
 
 from cheaplunch.config import RunConfig
 from cheaplunch.data.cases import read_checked
 from cheaplunch.data.dataset import Case, Dataset
 from cheaplunch.data.formats import write_nifti, write_picture
 from cheaplunch.data.index import Progress, in_order
-from cheaplunch.data.slices import Axis, to_slices
-from cheaplunch.data.volume import Grid, read_grid
+from cheaplunch.data.slices import Axis, Places, to_slices
+from cheaplunch.data.volume import NOWHERE, lone_slice, read_grid
 from cheaplunch.errors import UserError
 from cheaplunch.exemplars import write_exemplars
-from cheaplunch.files import write_json, write_text
+from cheaplunch.files import whole_folder, write_json, write_text
 from cheaplunch.material import choose_exemplars
 
 NUMBER = 501  # of the dataset, where `out` names none; nnU-Net leaves those from 500 on to users
 
 _DATASET = re.compile(r"Dataset(\d{3})_.+")
-_FILE_AXES = {"axial": "LPS", "coronal": "LIP", "sagittal": "PIL"}  # where (W, H, N) of `to_slices` point
-_THICKER = 1.01  # than its pixels are wide: a lone slice, so that nnU-Net does not cut it across
+# A lone slice is thicker than its pixels are wide: nnU-Net takes slices across the axis of the largest spacing, the
+# first of equals, and would turn those of isotropic volumes, or those cut along their coarse axis, into lines.
+_THICKER = 1.01
 
 
 @dataclass(frozen=True)
@@ -64,13 +60,14 @@ class Writer:
         """The whole of a case, or each of some slices of it as a case of its own."""
         volume, label = read_checked(case, self.dataset, self.axis)
         images = to_slices(volume.array, self.axis)  # (N, C, H, W)
-        affine = slice_affine(volume.grid, self.axis)
+        in_patient = volume.grid.affine is not None
+        affine = Places(volume.grid, self.axis).affine("world_ras") if in_patient else NOWHERE
         parts = {case.id: slice(None)}
         if slices is not None:
             parts = {slice_id(case.id, n, len(images)): slice(n, n + 1) for n in slices}
         side = "Tr" if case.split == "train" else "Ts"
         for id_, part in parts.items():
-            own = affine if slices is None else lone_slice(affine, part.start)
+            own = affine if slices is None else lone_slice(affine, part.start, _THICKER)
             for channel in range(images.shape[1]):
                 self._save(images[part, channel], own, f"images{side}", f"{id_}_{channel:04d}")
             if label is not None:
@@ -110,7 +107,7 @@ def export_nnunet(
     count = len(training) if whole else len(exemplars)
 
     inside = "." if _DATASET.fullmatch(out.resolve().name) else f"Dataset{NUMBER}_{_word(dataset.name)}"
-    with _new_folder(out.resolve()) as unfinished:
+    with whole_folder(out.resolve()) as unfinished:
         folder = unfinished / inside
         folder.mkdir(exist_ok=True)
         writer = Writer(folder, dataset, config.data.axis, labels.lookup, file_ending([*training, *tests]))
@@ -193,26 +190,6 @@ def file_ending(cases: Sequence[Case]) -> str:
     return ".png" if flat and all(grid.dtype in (np.uint8, np.uint16, bool) for grid in grids) else ".nii.gz"
 
 
-def slice_affine(grid: Grid, axis: Axis) -> np.ndarray:
-    """(4, 4): (column, row, slice number) of `to_slices` → RAS mm; steps of 1 where the file has no spacing."""
-    if grid.affine is None:
-        return np.diag([-1.0, -1.0, 1.0, 1.0])
-    turn = ornt_transform(grid.orientation, axcodes2ornt(_FILE_AXES[axis]))
-    return grid.affine @ inv_ornt_aff(turn, grid.shape)
-
-
-def lone_slice(affine: np.ndarray, number: int) -> np.ndarray:
-    """The affine of one slice alone, where it is; a little thicker than its pixels are wide if it is thinner.
-
-    nnU-Net takes slices across the axis of the largest spacing, the first of equals, and would turn lone slices of
-    isotropic volumes, or of those cut along their coarse axis, into lines.
-    """
-    own = affine @ from_matvec(np.eye(3), [0, 0, number])
-    column, row, step = voxel_sizes(own)
-    own[:3, 2] *= max(1.0, _THICKER * max(column, row) / step)
-    return own
-
-
 def slice_id(case_id: str, number: int, count: int) -> str:
     """A case of one slice keeps its name."""
     return case_id if count == 1 else f"{case_id}_slice{number:03d}"
@@ -273,18 +250,3 @@ def _readme(dataset: Dataset, labels: Labels, folder: Path, tested: bool) -> str
             "",
         ]
     )
-
-
-@contextmanager
-def _new_folder(out: Path) -> Iterator[Path]:
-    """A folder to fill, beside `out`, that becomes it once the block ends without an error, and goes away else."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = out.with_name(f".{out.name}.{os.getpid()}.unfinished")
-    try:
-        unfinished.mkdir()
-        yield unfinished
-        if out.is_dir():  # and empty
-            out.rmdir()
-        unfinished.rename(out)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)

@@ -29,7 +29,7 @@ from cheaplunch.data.names import ending, natural_order, stem
 from cheaplunch.data.recipes import find_recipe
 from cheaplunch.data.volume import Grid, source_files
 from cheaplunch.errors import UserError
-from cheaplunch.interactive import Mark, Model, OpenCase, open_model, quality_of
+from cheaplunch.interactive import Box, Mark, Model, OpenCase, Prompt, open_model, quality_of
 from cheaplunch.prompt_files import ANY_IMAGE, read_prompts
 from cheaplunch.runs import RunFolder
 
@@ -245,8 +245,11 @@ def predict(run: RunFolder, config: RunConfig, request: Request, progress: Progr
     """Writes a mask for each image that has prompts; one that fails does not stop the others.
 
     `config` is the run's, with what the user wants otherwise. UserError where nothing can be done at all: for a run,
-    prompts or inputs that are not there, or where a mask would take the place of an image or of another mask.
+    prompts or inputs that are not there, where a mask would take the place of an image or of another mask, and of the
+    only image.
     """
+    if request.out.is_file():
+        raise UserError(f"--out {request.out} is a file; give a folder")
     file = None if request.prompts in (None, "auto") else Path(request.prompts)
     if file is None and config.model.head != "classes":
         raise UserError(
@@ -261,11 +264,13 @@ def predict(run: RunFolder, config: RunConfig, request: Request, progress: Progr
     prompts = None if file is None else read_prompts(file, model.labels)
     images, failed = find_images(request.inputs, model.channels, request.out)
     assigned, unknown = ({}, []) if prompts is None else assign(prompts, images)
+    if images and prompts is not None and not any(assigned.values()):
+        raise UserError(_nothing_asked(f"--prompts {file}", unknown, images))
     outcome = Outcome(failed=failed, unknown=unknown)
     record = read_record(request.out)
     made_by = [_sha256(run.adapter / ADAPTER), asdict(model.window), model.axis, config.model.smooth_mm]
     for done, (image, target) in enumerate(zip(images, _targets(images, request), strict=True)):
-        if progress is not None:
+        if progress is not None and done:  # so that what is wrong with the first stands alone
             progress(done, len(images))
         marks = assigned.get(image.name, [])
         if model.prompted and not marks:
@@ -280,11 +285,17 @@ def predict(run: RunFolder, config: RunConfig, request: Request, progress: Progr
                 outcome.done_before += 1
                 continue
             case = model.open(image.sources)
+            if not name.endswith(case.volume.grid.mask_suffixes):
+                raise UserError(
+                    f"--format {request.format} cannot hold a mask of {image.sources[0]}; give --format same"
+                )
             label, about = _segment(model, case, marks, request.propagate)
             target.unlink(missing_ok=True)  # so that what is recorded is never beside another mask
             _append({"mask": name, "made_from": made_from, **about}, request.out / RECORD)
             case.write(label, target, model.labels)
         except (UserError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+            if isinstance(error, UserError) and len(images) == 1 and not failed:
+                raise  # there are no others to go on with
             outcome.failed.append(str(error) if isinstance(error, UserError) else f"{image.sources[0]}: {error!r}")
             continue
         outcome.written.append(target)
@@ -293,12 +304,20 @@ def predict(run: RunFolder, config: RunConfig, request: Request, progress: Progr
     return outcome
 
 
+def _nothing_asked(source: str, unknown: Sequence[str], images: Sequence[Image]) -> str:
+    """Why prompts that no image has any of are a mistake."""
+    if not unknown:
+        return f"{source} has no prompts in it; add clicks or boxes (docs/predict.md)"
+    theirs, ours = (", ".join(names[:3]) + ", …" * (len(names) > 3) for names in (unknown, [i.name for i in images]))
+    return f"{source} is for {theirs}, and there is no such image; the input has: {ours}"
+
+
 def _segment(model: Model, case: OpenCase, marks: Sequence[Mark], propagate: bool) -> tuple[np.ndarray, dict[str, Any]]:
     """The label map (Z, Y, X), and of it the voxels of each class, how sure the network was, and the time taken."""
     started = time.perf_counter()
     about: dict[str, Any] = {}
     if model.prompted:
-        prompts = [case.place(mark, model.labels) for mark in marks]
+        prompts = _place(case, marks, model.labels)
         answers = case.segment(prompts)
         if propagate:
             answers = case.propagate(prompts, answers)
@@ -308,6 +327,18 @@ def _segment(model: Model, case: OpenCase, marks: Sequence[Mark], propagate: boo
         label = case.label_unprompted(list(model.labels.values()))
     voxels = {name: int(np.count_nonzero(label == number)) for name, number in model.labels.items()}
     return label, {"voxels": voxels, **about, "seconds": round(time.perf_counter() - started, 2)}
+
+
+def _place(case: OpenCase, marks: Sequence[Mark], labels: Mapping[str, int]) -> list[Prompt]:
+    """The marks on their slices. UserError names the mark that is nowhere, or a class's second box on a slice."""
+    prompts = [case.place(mark, labels) for mark in marks]
+    seen = set()
+    for mark, prompt in zip(marks, prompts, strict=True):
+        if isinstance(prompt, Box):
+            if (prompt.slice_number, prompt.number) in seen:
+                raise UserError(f"{mark.source}: its slice has a box of {mark.class_name} already; leave one")
+            seen.add((prompt.slice_number, prompt.number))
+    return prompts
 
 
 def _targets(images: Sequence[Image], request: Request) -> list[Path]:

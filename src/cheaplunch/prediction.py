@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cheaplunch.config import Prompting, PromptKind
 from cheaplunch.data.cases import CaseSlices
 from cheaplunch.data.slices import Frame, as_rgb
 from cheaplunch.merging import Found, Segmentation, smooth_scores
 from cheaplunch.models.segmenter import Segmenter
+from cheaplunch.prompting import Prompting, PromptKind
 from cheaplunch.prompts import Prompts, SimulatedUser, furthest_point, jitter_point, oracle_prompts
 from cheaplunch.runtime import Precision, autocast
 

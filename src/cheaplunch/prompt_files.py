@@ -11,21 +11,22 @@ Ours is one object, image name → list of entries, or for one image that list a
 from __future__ import annotations
 
 import json
-import math
 import re
 import typing
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from cheaplunch.data.volume import Coordinates
 from cheaplunch.errors import UserError
-from cheaplunch.interactive import Coordinates, Mark
+from cheaplunch.interactive import Mark
 
 ANY_IMAGE = ""
 """Stands for the image's name where a file is for one image and does not name it."""
 
 SLICER_SUFFIX = ".mrk.json"
 _SPACES = typing.get_args(Coordinates)
+_NO_PLACE = 1e9  # nor are inf, NaN and whole numbers of hundreds of digits, which JSON has too
 
 
 def read_prompts(path: Path, classes: Collection[str]) -> dict[str, list[Mark]]:
@@ -114,8 +115,8 @@ def _place(source: str, numbers: Any, coordinates: str) -> tuple[float, ...]:
     if not isinstance(numbers, list) or len(numbers) not in counts:
         raise UserError(f"{source}: {coordinates} takes {wanted}, not {json.dumps(numbers)[:60]}")
     for number in numbers:
-        if isinstance(number, bool) or not isinstance(number, (int, float)) or not math.isfinite(number):
-            raise UserError(f"{source}: {coordinates} takes {wanted}, not {number!r}")
+        if isinstance(number, bool) or not isinstance(number, (int, float)) or not abs(number) < _NO_PLACE:
+            raise UserError(f"{source}: {coordinates} takes {wanted}, not {repr(number)[:60]}")
     return tuple(float(number) for number in numbers)
 
 

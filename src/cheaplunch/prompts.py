@@ -14,8 +14,8 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
-from cheaplunch.config import PromptKind
 from cheaplunch.data.slices import Frame
+from cheaplunch.prompting import PromptKind
 
 
 @dataclass(frozen=True)

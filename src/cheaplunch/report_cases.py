@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 from scipy import ndimage
 
-from cheaplunch.config import Prompting, read_prompting
 from cheaplunch.data.cases import load_case
 from cheaplunch.data.layouts import Dataset
 from cheaplunch.data.slices import Axis, Frame, Window, in_plane_spacing, to_slices
@@ -21,6 +20,7 @@ from cheaplunch.data.volume import read_label
 from cheaplunch.evaluation.metrics import Label, MaskPair, label_pairs
 from cheaplunch.figures import case_overlays, telling_slice, thumbnail
 from cheaplunch.files import whole_or_nothing, write_json
+from cheaplunch.prompting import Prompting, read_prompting
 from cheaplunch.prompts import SimulatedUser, furthest_point, jitter_point, oracle_prompts
 from cheaplunch.synthesis import derive_seed
 

@@ -23,13 +23,14 @@ from typing import Any
 import yaml
 
 from cheaplunch import processes
-from cheaplunch.config import METHODS, Prompting, RunConfig, as_values, build_config, read_prompting, settings
+from cheaplunch.config import METHODS, RunConfig, as_values, build_config, settings
 from cheaplunch.errors import Stopped, UserError
 from cheaplunch.evaluation.comparison import LENGTHS, METRICS, Block, Cell, Column, Comparison, Group, Row
 from cheaplunch.evaluation.formats import FORMATS
 from cheaplunch.evaluation.papers import MEAN, PaperRow, PaperTable, class_key, paper_tables
 from cheaplunch.evaluation.tables import describe_prompts
 from cheaplunch.files import write_json, write_text
+from cheaplunch.prompting import Prompting, read_prompting
 from cheaplunch.runs import RunFolder
 
 OF_THE_PLACE = frozenset({"data", "device", "weights"})  # may change from machine to machine

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from cheaplunch import processes
-from cheaplunch.config import Prompting, RunConfig, check_prompting
+from cheaplunch.config import RunConfig, check_prompting
 from cheaplunch.data.cases import load_case, read_checked
 from cheaplunch.data.layouts import Case, Dataset, open_dataset
 from cheaplunch.data.slices import Window, from_slices
@@ -22,6 +22,7 @@ from cheaplunch.evaluation.tables import CaseScore, summarise
 from cheaplunch.material import pick_window
 from cheaplunch.models.segmenter import Segmenter
 from cheaplunch.prediction import Predictor, segment_draws
+from cheaplunch.prompting import Prompting
 from cheaplunch.runtime import Precision
 from cheaplunch.synthesis import derive_seed
 

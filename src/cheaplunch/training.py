@@ -24,7 +24,7 @@ from accelerate import Accelerator
 
 from cheaplunch import processes
 from cheaplunch.checkpoints import Checkpoints, require_space, restore_tensors, trained_tensors
-from cheaplunch.config import RunConfig, TrainingConfig, as_values, prompts_for, read_prompting, save_config
+from cheaplunch.config import RunConfig, TrainingConfig, as_values, prompts_for, save_config
 from cheaplunch.errors import Stopped, UserError
 from cheaplunch.exemplars import write_exemplars
 from cheaplunch.figures import batch_sheet, synthesis_sheet
@@ -33,6 +33,7 @@ from cheaplunch.learner import Learner, learning_rate, start_processes
 from cheaplunch.material import Material, prepare, preview
 from cheaplunch.models.lora import save_adapter
 from cheaplunch.prediction import Predictor, segment_draws
+from cheaplunch.prompting import read_prompting
 from cheaplunch.runs import RunFolder, describe_environment
 from cheaplunch.runtime import peak_memory_bytes
 from cheaplunch.work import Work, draw_work
@@ -64,6 +65,7 @@ def finetune(
     accelerator = start_processes(config, out)
     _check_vacant(run, resume)
     if resume and run.finished():
+        _check_same(config, run, prepared=False)
         return run
     material = prepare(config, reading)
     config = material.config
@@ -238,6 +240,17 @@ def _save(checkpoints: Checkpoints, step: int, state: dict[str, Any]) -> None:
         ) from error
 
 
+def _check_same(config: RunConfig, run: RunFolder, prepared: bool = True) -> None:
+    """Raises UserError for a setting that is another than the run's; before `prepare` not for what it finds out."""
+    before, asked = as_values(run.load_config()), as_values(config)
+    unknown = set() if prepared else {name for name in ("window", "image_size", "class_names") if asked[name] is None}
+    counted = asked["strategy"] == "all" or asked["exemplar_percent"] or asked["exemplar_file"]
+    unknown |= {"exemplars"} if counted and not prepared else set()
+    for name, value in asked.items():
+        if before[name] != value and name not in unknown | {"data"}:
+            raise UserError(f"--resume: {name} was {before[name]} in {run.root}; give the same settings or a new --out")
+
+
 def _open_log(path: Path, steps: int) -> Any:
     """metrics.jsonl, open to go on after `steps` lines: what was done after the checkpoint is done again."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)[:steps] if steps else []
@@ -271,11 +284,7 @@ def _claim(run: RunFolder, config: RunConfig, resume: bool) -> None:
     """Makes the run's folder ours, or says why it is not to be had."""
     if resume:
         clear_unfinished(run.root)
-        before = as_values(run.load_config())
-        differing = [name for name, value in as_values(config).items() if before[name] != value and name != "data"]
-        if differing:
-            name = differing[0]
-            raise UserError(f"--resume: {name} was {before[name]} in {run.root}; give the same settings or a new --out")
+        _check_same(config, run)
         return
     run.root.mkdir(parents=True, exist_ok=True)
     save_config(config, run.config)

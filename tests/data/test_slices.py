@@ -1,15 +1,27 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from nibabel.affines import apply_affine
 from PIL import Image
 
 from cheaplunch.data.cases import load_case
 from cheaplunch.data.index import index_slices
 from cheaplunch.data.layouts import open_dataset
-from cheaplunch.data.slices import Frame, Window, as_rgb, default_window, from_slices, in_plane_spacing, to_slices
-from cheaplunch.data.volume import read_volume
+from cheaplunch.data.slices import (
+    Frame,
+    Places,
+    Window,
+    as_rgb,
+    default_window,
+    from_slices,
+    in_plane_spacing,
+    to_slices,
+)
+from cheaplunch.data.volume import Grid, read_volume, to_lps
 from cheaplunch.errors import UserError
 
 AXES = ("axial", "coronal", "sagittal")
@@ -73,6 +85,53 @@ def test_superior_is_on_top_and_spacing_follows(tmp_path, save_nifti):
     path = save_nifti(tmp_path / "a.nii.gz", np.zeros((4, 3, 2), np.float32), np.diag([1, 2, 3, 1]))
     volume = read_volume([path])  # x 1, y 2, z 3 mm
     assert [in_plane_spacing(volume, axis) for axis in AXES] == [(2, 1), (3, 1), (3, 2)]
+
+
+# ---- places
+
+
+def oblique(degrees: float = 20) -> np.ndarray:
+    """RAS affine of 0.7 × 0.8 × 3 mm, turned about all three axes."""
+    c, s = np.cos(np.deg2rad(degrees)), np.sin(np.deg2rad(degrees))
+    turn = np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]]) @ np.array([[1, 0, 0], [0, c, -s], [0, s, c]])
+    affine = np.eye(4)
+    affine[:3, :3], affine[:3, 3] = turn @ np.diag([0.7, 0.8, 3.0]), (31.5, -42.25, 110)
+    return affine
+
+
+SHAPE = (4, 3, 5)
+AFFINES = {
+    "RAS": np.diag([1.0, 2, 3, 1]),
+    "LPS": np.array([[-0.7, 0, 0, 50], [0, -0.7, 0, 60], [0, 0, 4, -9], [0, 0, 0, 1.0]]),
+    "PSR": np.array([[0, 0, 2, 5], [-1.5, 0, 0, 6], [0, 1.2, 0, 7], [0, 0, 0, 1.0]]),
+    "oblique": oblique(),
+    "oblique, flipped": oblique() @ np.diag([-1.0, 1, -1, 1]),
+}
+
+
+@pytest.mark.parametrize("axis", AXES)
+@pytest.mark.parametrize("named", AFFINES)
+def test_pixels_of_slices_are_where_the_file_has_them(named, axis):
+    affine = AFFINES[named]
+    places = Places(Grid(Path("made up"), SHAPE, affine), axis)
+    # A file whose voxels say their own (i, j, k), cut as every image is cut.
+    said = np.stack([to_slices(to_lps(index, places.grid), axis) for index in np.indices(SHAPE)], -1)  # (N, H, W, 3)
+    for number, row, column in np.ndindex(said.shape[:3]):
+        voxel = said[number, row, column]
+        np.testing.assert_allclose(places.off_slices(column, row, number, "voxel"), voxel, atol=1e-9)
+        ras = apply_affine(affine, voxel)
+        np.testing.assert_allclose(places.off_slices(column, row, number, "world_ras"), ras, atol=1e-9)
+        for coordinates, place in (("voxel", voxel), ("world_ras", ras), ("world_lps", ras * (-1, -1, 1))):
+            found = places.on_slices(place, coordinates)
+            np.testing.assert_allclose(found, (column, row, number), atol=1e-9)
+            np.testing.assert_allclose(places.off_slices(*found, coordinates), place, atol=1e-9)
+
+
+def test_a_picture_has_columns_and_rows_and_no_patient():
+    places = Places(Grid(Path("made up"), (7, 9)))
+    assert places.on_slices((5, 2), "voxel") == (5, 2, 0)
+    with pytest.raises(UserError, match="give its voxels"):
+        places.on_slices((5, 2, 0), "world_lps")
 
 
 # ---- the square

@@ -13,7 +13,16 @@ from nibabel.nifti1 import Nifti1Extension
 from nibabel.orientations import axcodes2ornt, ornt_transform
 from PIL import Image
 
-from cheaplunch.data.volume import read_grid, read_label, read_volume, source_files, stored_range, suffix_of, write_mask
+from cheaplunch.data.volume import (
+    lone_slice,
+    read_grid,
+    read_label,
+    read_volume,
+    source_files,
+    stored_range,
+    suffix_of,
+    write_mask,
+)
 from cheaplunch.errors import UserError
 
 SHAPE_RAS, SPACING_RAS = (2, 3, 4), (1.0, 1.5, 3.0)
@@ -164,6 +173,15 @@ def test_oblique_affine_and_codes_and_byte_order_stay(tmp_path):
     np.testing.assert_array_equal(after.get_sform(), before.get_sform())
     assert after.get_data_dtype() == ">u2" and after.get_fdata().max() == 300
     assert b"DOE" not in gzip.decompress((tmp_path / "mask.nii.gz").read_bytes())
+
+
+def test_a_slice_alone_stays_where_it_is_and_is_thicker_than_wide():
+    """Steps of 2 × 3 mm, and of 5 or 1 mm to the next slice; (3, 2) on slice 4."""
+    for step_mm, thickness_mm in ((5, 5), (1, 1.5 * 3)):
+        affine = np.array([[2.0, 0, 0, 10], [0, 0, step_mm, 20], [0, 3, 0, 30], [0, 0, 0, 1]])
+        own = lone_slice(affine, 4, 1.5)
+        np.testing.assert_allclose(apply_affine(own, (3, 2, 0)), (16, 20 + 4 * step_mm, 36))
+        np.testing.assert_allclose(nib.affines.voxel_sizes(own), (2, 3, thickness_mm))
 
 
 def test_a_mask_does_not_inherit_the_image_scaling_or_type(tmp_path):

@@ -12,7 +12,14 @@ from safetensors.torch import save_file
 from cheaplunch.errors import UserError
 from cheaplunch.models import backbones
 from cheaplunch.models.backbones import BACKBONES, ViTShape, build_vit, load_backbone
-from cheaplunch.models.layouts import our_names, read_checkpoint, resize_positions, samed_name, to_transformers
+from cheaplunch.models.layouts import (
+    original_names,
+    our_names,
+    read_checkpoint,
+    resize_positions,
+    samed_name,
+    to_transformers,
+)
 from cheaplunch.models.sam import IMAGENET
 
 DECODER = "mask_decoder.transformer.layers.0."
@@ -69,6 +76,14 @@ def test_what_tiny_vit_classified_with_is_left_behind():
 def test_samed_s_names_are_segment_anything_s_where_it_trains_in_full(vit):
     theirs = [name for name in vit if not name.startswith("image_encoder.")]
     assert [samed_name(name) for name in our_names({name: vit[name] for name in theirs})] == theirs
+
+
+@pytest.mark.parametrize("published", ["vit", "lite"])
+def test_names_and_tensors_come_back(published, request):
+    theirs = request.getfixturevalue(published)
+    back = original_names(our_names(theirs))
+    assert back.keys() == theirs.keys()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in back.items())
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,8 @@
 """Volume ↔ slices: window, axis, the model's square and its exact inverse."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -8,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from cheaplunch.data.layouts import Dataset
-from cheaplunch.data.volume import Volume, stored_range
+from cheaplunch.data.volume import Coordinates, Grid, Volume, stored_range
 
 Axis = Literal["axial", "coronal", "sagittal"]
 Array = TypeVar("Array", np.ndarray, torch.Tensor)
@@ -94,6 +96,43 @@ def in_plane_spacing(volume: Volume, axis: Axis) -> tuple[float, float]:
 def slice_step_mm(volume: Volume, axis: Axis) -> float | None:
     """From one slice to the next; None where the images have no spacing."""
     return volume.spacing_mm and volume.spacing_mm[{"axial": 0, "coronal": 1, "sagittal": 2}[axis]]
+
+
+_ARRAY_FROM_SLICES = {  # (x, y, slice number) → (x, y, z) of a volume's array; z runs down the rows, see `to_slices`
+    "axial": [[1, 0, 0], [0, 1, 0], [0, 0, 1]],
+    "coronal": [[1, 0, 0], [0, 0, 1], [0, -1, 0]],
+    "sagittal": [[0, 0, 1], [1, 0, 0], [0, -1, 0]],
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Places:
+    """Slices ↔ the file's voxels ↔ the patient's space. All are of voxel centres."""
+
+    grid: Grid
+    axis: Axis = "axial"
+
+    def on_slices(self, place: Sequence[float], coordinates: Coordinates) -> tuple[float, float, float]:
+        """(x, y, slice number) of a place; none of them need be whole, or inside. UserError for mm without a space."""
+        padded = (*place, 0.0)[:3]  # a picture's third number is its page
+        x, y, number, _ = np.linalg.solve(self.affine(coordinates), [*padded, 1.0]).tolist()
+        return x, y, number
+
+    def off_slices(self, x: float, y: float, number: float, coordinates: Coordinates) -> tuple[float, float, float]:
+        """The inverse of `on_slices`."""
+        i, j, k, _ = (self.affine(coordinates) @ [x, y, number, 1.0]).tolist()
+        return i, j, k
+
+    def affine(self, coordinates: Coordinates) -> np.ndarray:
+        """(4, 4): (x, y, slice number) → a place. UserError for mm without a space."""
+        return self.grid.from_voxels(coordinates) @ self._voxels_from_slices
+
+    @cached_property
+    def _voxels_from_slices(self) -> np.ndarray:
+        array = np.eye(4)
+        array[:3, :3] = _ARRAY_FROM_SLICES[self.axis]
+        array[2, 3] = 0 if self.axis == "axial" else self.grid.array_shape[1] - 1
+        return self.grid.voxels_from_array @ array
 
 
 # -------------------------------------------------------------------- the square

@@ -10,10 +10,11 @@ several series (dicom.py).
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 import nibabel as nib
 import numpy as np
-from nibabel.affines import voxel_sizes
+from nibabel.affines import from_matvec, voxel_sizes
 from nibabel.orientations import (
     aff2axcodes,
     apply_orientation,
@@ -37,7 +38,12 @@ _MASK_SUFFIX = {".jpg": ".png", ".jpeg": ".png", ".nhdr": ".nrrd", ".mhd": ".mha
 _LPS = axcodes2ornt("LPS")  # X towards left, Y towards posterior, Z towards superior
 _RAS_FROM = {"RAS": np.eye(4), "LPS": np.diag([-1.0, -1, 1, 1]), "LAS": np.diag([-1.0, 1, 1, 1])}
 _LPS_FROM_RAS = _RAS_FROM["LPS"]  # its own inverse
+NOWHERE = _RAS_FROM["LPS"]  # an affine for images that have none: 1 mm a voxel, towards left, posterior and superior
 _AFFINE_TOLERANCE = 1e-3  # mm; exports of one scan by two programs differ by rounding
+
+Coordinates = Literal["voxel", "world_ras", "world_lps"]
+"""Of the file's own array, (i, j, k) as nibabel and ITK count them, of a picture (x, y) or (x, y, page); or mm in the
+patient: RAS as NIfTI has it, LPS as DICOM, ITK and 3D Slicer's files."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,6 +85,21 @@ class Grid:
             return None
         spacing = dict(zip(self.orientation[:, 0].astype(int), voxel_sizes(self.affine), strict=True))
         return float(spacing[2]), float(spacing[1]), float(spacing[0])
+
+    @property
+    def voxels_from_array(self) -> np.ndarray:
+        """(4, 4): (x, y, z) of the volume's array → (i, j, k) of the file's; of pictures the same."""
+        if self.affine is None:
+            return np.eye(4)
+        return inv_ornt_aff(ornt_transform(self.orientation, _LPS), self.shape)
+
+    def from_voxels(self, coordinates: Coordinates) -> np.ndarray:
+        """(4, 4): (i, j, k) of the file's array → a place. UserError for mm without a patient's space."""
+        if coordinates == "voxel":
+            return np.eye(4)
+        if self.affine is None:
+            raise UserError(f"{self.path} has no place in a patient; give its voxels")
+        return self.affine if coordinates == "world_ras" else _LPS_FROM_RAS @ self.affine
 
     @property
     def mask_suffix(self) -> str:
@@ -235,6 +256,17 @@ def stored_range(path: Path) -> tuple[float, float] | None:
     return formats.picture_range(path) if suffix_of(path) in PICTURE_SUFFIXES else None
 
 
+def lone_slice(affine: np.ndarray, number: int, thicker: float) -> np.ndarray:
+    """The affine of the slice (i, j, `number`) alone, where it is, and so many times thicker than its pixels are wide.
+
+    One that is thicker already stays as it is.
+    """
+    own = affine @ from_matvec(np.eye(3), [0, 0, number])
+    column, row, step = voxel_sizes(own)
+    own[:3, 2] *= max(1.0, thicker * max(column, row) / step)
+    return own
+
+
 def _open(path: Path, role: Role) -> tuple[Header, Grid]:
     header = _READERS[suffix_of(path)].header(path, role)
     affine = None if header.affine is None else _RAS_FROM[header.frame] @ header.affine
@@ -266,7 +298,7 @@ def _from_lps(array: np.ndarray, grid: Grid) -> np.ndarray:
 
 def _lps_affine(grid: Grid) -> np.ndarray:
     """(4, 4): (x, y, z) of the array → RAS mm, the same for one grid however its file's axes run."""
-    return grid.affine @ inv_ornt_aff(ornt_transform(grid.orientation, _LPS), grid.shape)
+    return grid.affine @ grid.voxels_from_array
 
 
 def _check_same_grid(grid: Grid, like: Grid) -> None:

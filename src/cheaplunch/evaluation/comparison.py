@@ -120,6 +120,8 @@ def read_runs(words: Sequence[str]) -> list[Run]:
         if not separator or Path(word).is_file():
             name, path = "", word
         paths = [path] if Path(path).is_file() else path.split(",")
+        if len(set(paths)) < len(paths):
+            raise UserError(f"{word}: a file is there twice, and a row is the mean of different runs; leave one")
         results = {path: _read_evaluation(Path(path)) for path in paths}
         result = mean_of_runs(results) if len(results) > 1 else results[path]
         runs.append(Run(name or _default_name(result), path, result))

@@ -1,15 +1,15 @@
 """Checkpoints: reading them safely, and what each publisher calls its tensors.
 
-The only file that knows key names. Every tensor of a checkpoint must find its place and every parameter of the network
-must be filled; anything else is an error that lists the tensors. "Ours" are the names of `models.sam.Sam`, which are
-transformers' but for q, k and v: three projections here.
+The only file that knows key names other than ours, which are those of `models.sam.Sam`: transformers' but for q, k and
+v, three projections here. Every tensor of a checkpoint must find its place and every parameter of the network must be
+filled; anything else is an error that lists the tensors.
 """
 
 from __future__ import annotations
 
 import pickle
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -25,50 +25,39 @@ Names = tuple[tuple[str, str], ...]
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
-# Facebook's segment-anything, and all that took over its prompt encoder and mask decoder.
+# What segment-anything, and all that took over its prompt encoder and mask decoder, call a part of a name, and what we
+# do; # is a number. Theirs become ours from the first line to the last, ours theirs from the last to the first.
 _DECODER: Names = (
-    (r"\.norm(\d|_final_attn)\.", r".layer_norm\1."),
-    (r"\.output_upscaling\.0\.", ".upscale_conv1."),
-    (r"\.output_upscaling\.1\.", ".upscale_layer_norm."),
-    (r"\.output_upscaling\.3\.", ".upscale_conv2."),
-    (r"(_mlps\.\d+|iou_prediction_head)\.layers\.0\.", r"\1.proj_in."),
-    (r"(_mlps\.\d+|iou_prediction_head)\.layers\.1\.", r"\1.layers.0."),
-    (r"(_mlps\.\d+|iou_prediction_head)\.layers\.2\.", r"\1.proj_out."),
-    (r"\.pe_layer\.positional_encoding_gaussian_matrix$", ".shared_embedding.positional_embedding"),
-    (r"\.point_embeddings\.", ".point_embed."),
-    (r"\.mask_downscaling\.0\.", ".mask_embed.conv1."),
-    (r"\.mask_downscaling\.1\.", ".mask_embed.layer_norm1."),
-    (r"\.mask_downscaling\.3\.", ".mask_embed.conv2."),
-    (r"\.mask_downscaling\.4\.", ".mask_embed.layer_norm2."),
-    (r"\.mask_downscaling\.6\.", ".mask_embed.conv3."),
+    (".norm#.", ".layer_norm#."),
+    (".norm_final_attn.", ".layer_norm_final_attn."),
+    (".output_upscaling.0.", ".upscale_conv1."),
+    (".output_upscaling.1.", ".upscale_layer_norm."),
+    (".output_upscaling.3.", ".upscale_conv2."),
+    ("_mlps.#.layers.0.", "_mlps.#.proj_in."),
+    ("_mlps.#.layers.1.", "_mlps.#.layers.0."),
+    ("_mlps.#.layers.2.", "_mlps.#.proj_out."),
+    (".iou_prediction_head.layers.0.", ".iou_prediction_head.proj_in."),
+    (".iou_prediction_head.layers.1.", ".iou_prediction_head.layers.0."),
+    (".iou_prediction_head.layers.2.", ".iou_prediction_head.proj_out."),
+    (".pe_layer.positional_encoding_gaussian_matrix", ".shared_embedding.positional_embedding"),
+    (".point_embeddings.", ".point_embed."),
+    (".mask_downscaling.0.", ".mask_embed.conv1."),
+    (".mask_downscaling.1.", ".mask_embed.layer_norm1."),
+    (".mask_downscaling.3.", ".mask_embed.conv2."),
+    (".mask_downscaling.4.", ".mask_embed.layer_norm2."),
+    (".mask_downscaling.6.", ".mask_embed.conv3."),
 )
+_TINY_VIT: Names = (("image_encoder.", "vision_encoder."),)
 _VIT: Names = (
-    (r"^image_encoder\.", "vision_encoder."),
-    (r"\.patch_embed\.proj\.", ".patch_embed.projection."),
-    (r"\.blocks\.(\d+)\.norm(\d)\.", r".blocks.\1.layer_norm\2."),
-    (r"\.blocks\.", ".layers."),
-    (r"\.neck\.0\.", ".neck.conv1."),
-    (r"\.neck\.1\.", ".neck.layer_norm1."),
-    (r"\.neck\.2\.", ".neck.conv2."),
-    (r"\.neck\.3\.", ".neck.layer_norm2."),
+    *_TINY_VIT,
+    (".patch_embed.proj.", ".patch_embed.projection."),
+    (".norm#.", ".layer_norm#."),
+    (".blocks.", ".layers."),
+    (".neck.0.", ".neck.conv1."),
+    (".neck.1.", ".neck.layer_norm1."),
+    (".neck.2.", ".neck.conv2."),
+    (".neck.3.", ".neck.layer_norm2."),
 )
-_DECODER_BACK: Names = (
-    (r"\.upscale_conv1\.", ".output_upscaling.0."),
-    (r"\.upscale_layer_norm\.", ".output_upscaling.1."),
-    (r"\.upscale_conv2\.", ".output_upscaling.3."),
-    (r"(_mlps\.\d+|iou_prediction_head)\.layers\.0\.", r"\1.layers.1."),
-    (r"(_mlps\.\d+|iou_prediction_head)\.proj_in\.", r"\1.layers.0."),
-    (r"(_mlps\.\d+|iou_prediction_head)\.proj_out\.", r"\1.layers.2."),
-    (r"\.shared_embedding\.positional_embedding$", ".pe_layer.positional_encoding_gaussian_matrix"),
-    (r"\.point_embed\.", ".point_embeddings."),
-    (r"\.mask_embed\.conv1\.", ".mask_downscaling.0."),
-    (r"\.mask_embed\.layer_norm1\.", ".mask_downscaling.1."),
-    (r"\.mask_embed\.conv2\.", ".mask_downscaling.3."),
-    (r"\.mask_embed\.layer_norm2\.", ".mask_downscaling.4."),
-    (r"\.mask_embed\.conv3\.", ".mask_downscaling.6."),
-    (r"\.layer_norm(\d|_final_attn)\.", r".norm\1."),
-)
-_TINY_VIT: Names = ((r"^image_encoder\.", "vision_encoder."),)
 
 # What TinyViT classified ImageNet with before it was an encoder, and an index that follows from the window's size.
 _UNUSED = re.compile(r"^image_encoder\.((norm_)?head\.(weight|bias)$|.*\.attention_bias_idxs$)")
@@ -149,9 +138,7 @@ def our_names(published: State) -> State:
     for key, tensor in published.items():
         if _UNUSED.match(key):
             continue
-        name = key
-        for pattern, replacement in (_TINY_VIT if tiny else _VIT) if key.startswith("image_encoder.") else _DECODER:
-            name = re.sub(pattern, replacement, name)
+        name = _renamed(key, (_TINY_VIT if tiny else _VIT) if key.startswith("image_encoder.") else _DECODER)
         if not name.startswith("vision_encoder.") or ".attn.qkv." not in name:
             ours[name] = tensor
         elif tiny:
@@ -163,13 +150,15 @@ def our_names(published: State) -> State:
     return ours
 
 
+def original_names(ours: State) -> State:
+    """`our_names` backwards: what segment-anything calls a ViT's tensors, MobileSAM and LiteMedSAM a TinyViT's."""
+    tiny = any(name.endswith(".attention_biases") for name in ours)
+    return {_original_name(name, tiny): tensor for name, tensor in _fused(ours).items()}
+
+
 def to_transformers(ours: State) -> State:
     """Our names of a ViT → those of transformers' `SamModel`, q, k and v fused again."""
-    theirs = {name: tensor for name, tensor in ours.items() if ".attn.qkv." not in name}
-    for name in ours:
-        if ".attn.qkv.q_proj." in name:
-            parts = [ours[name.replace("q_proj", projection)] for projection in PROJECTIONS]
-            theirs[name.replace("q_proj.", "")] = torch.cat(parts)
+    theirs = _fused(ours)
     shared = "shared_embedding.positional_embedding"
     theirs["shared_image_embedding.positional_embedding"] = theirs[f"prompt_encoder.{shared}"]
     return theirs
@@ -194,8 +183,17 @@ def samed_name(name: str) -> str:
         return f"{kind}_{matrix.lower()}_{2 * int(layer) + 'qv'.index(part):03d}"
     if not name.startswith(("prompt_encoder.", "mask_decoder.")):
         raise KeyError(name)
-    for pattern, replacement in _DECODER_BACK:
-        name = re.sub(pattern, replacement, name)
+    return _original_name(name, tiny=False)
+
+
+def _original_name(name: str, tiny: bool) -> str:
+    names = (_TINY_VIT if tiny else _VIT) if name.startswith("vision_encoder.") else _DECODER
+    return _renamed(name, ((ours, theirs) for theirs, ours in reversed(names)))
+
+
+def _renamed(name: str, pairs: Iterable[tuple[str, str]]) -> str:
+    for old, new in pairs:
+        name = re.sub(re.escape(old).replace(r"\#", r"(\d+)"), new.replace("#", r"\1"), name)
     return name
 
 
@@ -228,6 +226,21 @@ def _split_by_head(name: str, fused: Tensor, heads: int) -> State:
     return {
         name.replace("qkv", projection): parts[:, i].flatten(0, 1).clone() for i, projection in enumerate(PROJECTIONS)
     }
+
+
+def _fused(ours: State) -> State:
+    """q, k and v of an encoder in one again: the inverse of `_split`, or of `_split_by_head` in a TinyViT."""
+    fused: State = {}
+    for name, tensor in ours.items():
+        match = re.fullmatch(r"(vision_encoder\..*\.attn\.)(qkv\.)?([qkv])_proj\.(\w+)", name)
+        if match is None:
+            fused[name] = tensor
+        elif match[3] == "q":
+            place, vit, _, kind = match.groups()
+            heads = 1 if vit else len(ours[f"{place}attention_biases"])
+            parts = [ours[name.replace("q_proj", projection)].unflatten(0, (heads, -1)) for projection in PROJECTIONS]
+            fused[f"{place}qkv.{kind}"] = torch.stack(parts, 1).flatten(0, 2)  # (heads, 3, C / heads, …) → (3 C, …)
+    return fused
 
 
 # --- another input size --------------------------------------------------------------------------------------------

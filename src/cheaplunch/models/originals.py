@@ -1,49 +1,16 @@
-"""Our network under the names of the original packages, so that their code opens it: `layouts.our_names` backwards.
+"""Our network as the original packages hold it, so that their code opens it.
 
-segment-anything for a ViT; MobileSAM's and LiteMedSAM's for a TinyViT, which are alike.
+segment-anything's for a ViT; MobileSAM's and LiteMedSAM's for a TinyViT, which are alike. Names are ours to the last.
 """
 
 from __future__ import annotations
 
-import re
-
 import torch
-from transformers.models.sam.modeling_sam import SamVisionEncoder
 
 from cheaplunch.models.heads import BACKGROUND, TARGET, Head
-from cheaplunch.models.layouts import PROJECTIONS, Names, State
+from cheaplunch.models.layouts import State, original_names
 from cheaplunch.models.sam import Sam
 from cheaplunch.models.tiny_vit import TinyViT
-
-_DECODER: Names = (
-    (r"\.layer_norm(\d|_final_attn)\.", r".norm\1."),
-    (r"\.upscale_conv1\.", ".output_upscaling.0."),
-    (r"\.upscale_layer_norm\.", ".output_upscaling.1."),
-    (r"\.upscale_conv2\.", ".output_upscaling.3."),
-    (r"(_mlps\.\d+|iou_prediction_head)\.layers\.0\.", r"\1.layers.1."),
-    (r"(_mlps\.\d+|iou_prediction_head)\.proj_in\.", r"\1.layers.0."),
-    (r"(_mlps\.\d+|iou_prediction_head)\.proj_out\.", r"\1.layers.2."),
-)
-_PROMPT_ENCODER: Names = (
-    (r"\.shared_embedding\.positional_embedding$", ".pe_layer.positional_encoding_gaussian_matrix"),
-    (r"\.point_embed\.", ".point_embeddings."),
-    (r"\.mask_embed\.conv1\.", ".mask_downscaling.0."),
-    (r"\.mask_embed\.layer_norm1\.", ".mask_downscaling.1."),
-    (r"\.mask_embed\.conv2\.", ".mask_downscaling.3."),
-    (r"\.mask_embed\.layer_norm2\.", ".mask_downscaling.4."),
-    (r"\.mask_embed\.conv3\.", ".mask_downscaling.6."),
-)
-_VIT: Names = (
-    (r"^vision_encoder\.", "image_encoder."),
-    (r"\.patch_embed\.projection\.", ".patch_embed.proj."),
-    (r"\.layers\.(\d+)\.layer_norm(\d)\.", r".layers.\1.norm\2."),
-    (r"\.layers\.", ".blocks."),
-    (r"\.neck\.conv1\.", ".neck.0."),
-    (r"\.neck\.layer_norm1\.", ".neck.1."),
-    (r"\.neck\.conv2\.", ".neck.2."),
-    (r"\.neck\.layer_norm2\.", ".neck.3."),
-)
-_TINY_VIT: Names = ((r"^vision_encoder\.", "image_encoder."),)
 
 _NORM_EPS = 1e-5  # of the batch norms in a TinyViT
 _IMAGENET_CLASSES = 1000
@@ -64,18 +31,11 @@ def to_original(network: Sam, head: Head) -> State:
     state knows of another's.
     """
     state = _reordered(network.state_dict(), MASK_TOKENS[head])
-    vit = isinstance(network.vision_encoder, SamVisionEncoder)
-    rooms = {"vision_encoder": _VIT if vit else _TINY_VIT, "prompt_encoder": _PROMPT_ENCODER, "mask_decoder": _DECODER}
-    original: State = {}
-    for name, tensor in state.items():
-        renamed = name
-        for pattern, replacement in rooms[name.partition(".")[0]]:
-            renamed = re.sub(pattern, replacement, renamed)
-        original[renamed] = tensor
-    original = _fused(original, ".attn.qkv.") if vit else _fused(_with_norms(original), ".attn.")
-    if isinstance(network.vision_encoder, TinyViT) and network.vision_encoder.config.patch_stride == 4:
-        original |= _classifier(network.vision_encoder.config.embed_dims[-1])
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in original.items()}
+    if isinstance(network.vision_encoder, TinyViT):
+        state = _with_norms(state)
+        if network.vision_encoder.config.patch_stride == 4:
+            state |= _classifier(network.vision_encoder.config.embed_dims[-1])
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in original_names(state).items()}
 
 
 def _reordered(state: State, order: tuple[int, ...]) -> State:
@@ -91,23 +51,6 @@ def _reordered(state: State, order: tuple[int, ...]) -> State:
         else:
             moved[name] = tensor
     return moved
-
-
-def _fused(state: State, place: str) -> State:
-    """q, k and v as one: [q | k | v] in a ViT; [head][q | k | v] in a TinyViT, whose biases say how many heads."""
-    fused = {}
-    for name, tensor in state.items():
-        if not name.startswith("image_encoder.") or not any(f"{place}{p}." in name for p in PROJECTIONS):
-            fused[name] = tensor
-        elif f"{place}q_proj." in name:
-            parts = [state[name.replace("q_proj", projection)] for projection in PROJECTIONS]
-            if place == ".attn.qkv.":
-                fused[name.replace("q_proj.", "")] = torch.cat(parts)
-            else:
-                heads = len(state[re.sub(r"q_proj\.\w+$", "attention_biases", name)])
-                by_head = torch.stack([part.unflatten(0, (heads, -1)) for part in parts], dim=1)  # (heads, 3, C', …)
-                fused[name.replace("q_proj", "qkv")] = by_head.flatten(0, 2)
-    return fused
 
 
 def _with_norms(state: State) -> State:
@@ -129,4 +72,4 @@ def _classifier(width: int) -> State:
     """Zeros for the ImageNet classifier that MobileSAM's code builds, loads and never calls."""
     shapes = {"norm_head.weight": (width,), "norm_head.bias": (width,)}
     shapes |= {"head.weight": (_IMAGENET_CLASSES, width), "head.bias": (_IMAGENET_CLASSES,)}
-    return {f"image_encoder.{name}": torch.zeros(shape) for name, shape in shapes.items()}
+    return {f"vision_encoder.{name}": torch.zeros(shape) for name, shape in shapes.items()}
