@@ -26,7 +26,8 @@ from common import HERE, arguments, console, machine, progress, slug, versions
 
 from cheaplunch import runtime
 from cheaplunch.config import build_config
-from cheaplunch.evaluation.comparison import Run, compare, mean_of_runs
+from cheaplunch.evaluation.comparison import compare
+from cheaplunch.evaluation.evaluations import Run, mean_of_runs
 from cheaplunch.evaluation.formats import markdown
 from cheaplunch.files import write_text
 from cheaplunch.models.segmenter import build_segmenter, load_segmenter

@@ -210,7 +210,8 @@ def predict(options: Namespace) -> int:
 
 def compare(options: Namespace) -> None:
     """Put evaluations side by side, the papers' rows beside; and their masks, as a figure."""
-    from cheaplunch.evaluation.comparison import compare, read_runs
+    from cheaplunch.evaluation.comparison import compare
+    from cheaplunch.evaluation.evaluations import read_runs
     from cheaplunch.evaluation.formats import find_format
     from cheaplunch.evaluation.papers import find_tables
     from cheaplunch.files import whole_or_nothing, write_text

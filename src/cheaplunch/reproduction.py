@@ -25,7 +25,8 @@ import yaml
 from cheaplunch import processes
 from cheaplunch.config import METHODS, RunConfig, as_values, build_config, settings
 from cheaplunch.errors import Stopped, UserError
-from cheaplunch.evaluation.comparison import LENGTHS, METRICS, Block, Cell, Column, Comparison, Group, Row
+from cheaplunch.evaluation.comparison import Block, Cell, Column, Comparison, Group, Row
+from cheaplunch.evaluation.evaluations import LENGTHS, METRICS
 from cheaplunch.evaluation.formats import FORMATS
 from cheaplunch.evaluation.papers import MEAN, PaperRow, PaperTable, class_key, paper_tables
 from cheaplunch.evaluation.tables import describe_prompts

@@ -11,7 +11,8 @@ import pytest
 from scipy.stats import wilcoxon
 
 from cheaplunch.errors import UserError
-from cheaplunch.evaluation.comparison import Comparison, Run, compare, mean_of_runs, read_runs
+from cheaplunch.evaluation.comparison import Comparison, compare
+from cheaplunch.evaluation.evaluations import Run, mean_of_runs, read_runs
 from cheaplunch.evaluation.formats import FORMATS, csv_text, html, latex, markdown
 from cheaplunch.evaluation.papers import find_tables, paper_tables
 from cheaplunch.evaluation.protocols import Score

@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from cheaplunch.errors import UserError
-from cheaplunch.evaluation.comparison import METRICS, Block, Cell, Comparison, Row
+from cheaplunch.evaluation.comparison import Block, Cell, Comparison, Row
+from cheaplunch.evaluation.evaluations import METRICS
 from cheaplunch.evaluation.papers import MEAN
 from cheaplunch.pages import render
 
