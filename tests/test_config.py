@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from cheaplunch.config import METHODS, build_config, load_config, read_yaml, save_config, settings
+from cheaplunch.config import METHODS, build_config, load_config, read_yaml, save_config, settings, slab_slices
 from cheaplunch.errors import UserError
 
 
@@ -78,12 +78,35 @@ def test_yaml_takes_names_as_flags_are_written(tmp_path):
         ({"flip": -0.1}, "--flip is -0.1"),
         ({"window": (10.0, 10.0)}, "--window is"),
         ({"adapter_parts": ("encoder", "head")}, "--adapter-parts head is not known; choose from: encoder"),
-        ({"adapter_parts": ("encoder", "depth")}, "--adapter-parts depth: training takes slices one by one"),
+        ({"depth": 4}, "--depth is 4; it must be odd"),
+        ({"depth": 0}, "--depth is 0"),
     ],
 )
 def test_values_no_run_can_have(values, message):
     with pytest.raises(UserError, match=message):
         build_config("cheap-lunch", values)
+
+
+def test_slabs_are_of_whole_exemplars_among_real_slices():
+    deep = {"adapter_parts": ["encoder", "depth"]}
+    assert build_config("msa", deep).synthesis.real_share == 1.0
+    assert build_config("msa", {}).synthesis.real_share < 1
+    for values, way_out in (
+        ({"real_share": 0.5}, "give --real-share 1"),
+        ({"empty_share": 0.2, "head": "classes", "training_prompts": "none"}, "give --empty-share 0"),
+        ({"synthetic_set": Path("set")}, "leave out --synthetic-set"),
+    ):
+        with pytest.raises(UserError, match=f"--adapter-parts depth learns from exemplars .*; {way_out}"):
+            build_config("msa", deep | values)
+        for without in ({"depth": 1}, {"tuning": "lora"}, {"adapter_parts": ["encoder"]}):
+            build_config("msa", deep | values | without)
+
+
+def test_how_many_slices_a_network_sees_at_once():
+    deep = {"adapter_parts": ["encoder", "depth"]}
+    assert slab_slices(build_config("msa", deep | {"depth": 7}).model) == 7
+    assert slab_slices(build_config("msa", {"depth": 7}).model) == 1
+    assert slab_slices(build_config("cheap-lunch", deep | {"depth": 7}).model) == 1
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ class LikeThePoint(torch.nn.Module):
     """
 
     image_size_px = 64
+    slab_slices = 1
 
     def __init__(self):
         super().__init__()

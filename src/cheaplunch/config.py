@@ -92,10 +92,20 @@ class ModelConfig:
     lora_rank: int = setting(4, "rank r of the LoRA updates (§2.2)")
     adapter_parts: tuple[str, ...] = setting(
         ("encoder", "decoder", "prompt"),
-        "of MSA's parts (docs/msa.md): adapters in the encoder and in the decoder, the prompt in the decoder's first",
+        "of MSA's parts (docs/msa.md): adapters in the encoder and in the decoder, the prompt in the decoder's first, "
+        "and depth, the encoder's attention across slices of a volume, which learns from whole exemplars (--real-share "
+        "1, the default with it) among the slices around them",
+    )
+    depth: int = setting(
+        5, "slices in a slab, odd, with the adapter part depth (MSA: not stated); 1 is the network without it"
     )
     adapter_width: int = setting(64, "channels of an adapter's bottleneck (AdaptFormer's; MSA: not stated)")
     adapter_scale: float = setting(0.1, "s of the adapters beside an MLP (AdaptFormer's; MSA: not stated)")
+    adapter_prompts: bool = setting(
+        False,
+        "beside MSA's adapters, train the prompt encoder's embeddings of the prompts in use, as the other methods do "
+        "(MSA: SAM's own parameters stay frozen)",
+    )
     decoder_tuning: Literal["lora", "frozen", "full"] = setting(
         "lora", "of the mask decoder's transformer: LoRA (§2.2), nothing, or all of it (SAMed's default)"
     )
@@ -200,7 +210,7 @@ class RunConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
 
-ADAPTER_PARTS = ("encoder", "decoder", "prompt")  # that training knows; models.adapters has one more
+ADAPTER_PARTS = ("encoder", "decoder", "prompt", "depth")
 
 NAMES = tuple[str, ...]  # the type of a setting that takes any number of names
 
@@ -227,6 +237,8 @@ def build_config(method: str, values: Mapping[str, Any]) -> RunConfig:
     if method not in METHODS:
         raise UserError(f"--method {method} is not known; choose one of: {', '.join(METHODS)}")
     merged = {**METHODS[method], **values}
+    if "depth" in merged.get("adapter_parts", ()):
+        merged.setdefault("real_share", 1.0)  # what is pasted is on one slice alone (`_check_slabs`)
     known = settings()
     unknown = sorted(merged.keys() - known.keys())
     if unknown:
@@ -252,6 +264,7 @@ def check(config: RunConfig) -> None:
         "--prompts-per-image": config.training.prompts_per_image,
         "--lora-rank": config.model.lora_rank,
         "--adapter-width": config.model.adapter_width,
+        "--depth": config.model.depth,
         "--learning-rate": config.training.learning_rate,
         "--checkpoint-every": config.training.checkpoint_every,
         "--final-lr": config.training.final_lr,
@@ -278,8 +291,6 @@ def check(config: RunConfig) -> None:
         raise UserError(
             f"--accumulate {config.training.accumulate} does not divide --batch-size {config.training.batch_size}"
         )
-    if "depth" in config.model.adapter_parts:
-        raise UserError("--adapter-parts depth: training takes slices one by one, which depth learns nothing from")
     for part in config.model.adapter_parts:
         if part not in ADAPTER_PARTS:
             raise UserError(f"--adapter-parts {part} is not known; choose from: {', '.join(ADAPTER_PARTS)}")
@@ -291,6 +302,7 @@ def check(config: RunConfig) -> None:
             f"--backbone {config.model.backbone}: --method {config.method} is a network of its own; leave it out"
         )
     _check_model(config.model)
+    _check_slabs(config)
     if config.training.empty_share and config.model.head != "classes":
         raise UserError(
             "--empty-share: nothing can be asked for on a slice without organs; it goes with --head classes"
@@ -323,6 +335,25 @@ def _check_model(model: ModelConfig) -> None:
         raise UserError("--tuning linear takes no prompts; add --head classes --training-prompts none")
     if model.mask == "best" and model.tuning != "none":
         raise UserError("--mask best is of SAM as it is (--method zero-shot); a trained network has one answer")
+
+
+def _check_slabs(config: RunConfig) -> None:
+    if config.model.depth % 2 == 0:
+        raise UserError(f"--depth is {config.model.depth}; it must be odd: a slice, and as many before it as behind it")
+    if slab_slices(config.model) == 1:
+        return
+    for needed, missing in {
+        "give --real-share 1": config.synthesis.real_share < 1,
+        "give --empty-share 0": config.training.empty_share > 0,
+        "leave out --synthetic-set": config.synthesis.synthetic_set is not None,
+    }.items():
+        if missing:
+            raise UserError(f"--adapter-parts depth learns from exemplars among the slices around them; {needed}")
+
+
+def slab_slices(model: ModelConfig) -> int:
+    """How many slices of a volume the network sees at once: 1 unless it has MSA's depth branch."""
+    return model.depth if model.tuning == "adapter" and "depth" in model.adapter_parts else 1
 
 
 def training_prompting(model: ModelConfig) -> tuple[str, int]:

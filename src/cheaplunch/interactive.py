@@ -283,9 +283,13 @@ class OpenCase:
         write_mask(label, self.volume, path, names)
 
     def embedded(self, number: int) -> Embedded:
-        """A slice ready for prompts: from the cache, or embedded now."""
-        image = self.images[number : number + 1]  # alone: what else is embedded must not change the last digits
-        return self._cache.get((self._own, number), lambda: self.predictor.embed(image)[0])
+        """A slice ready for prompts, from what is in the cache, or embedded now."""
+
+        def slab_of(slab: range) -> Embedded:  # alone: what else is embedded must not change the last digits
+            images = self.images[slab.start : slab.stop]
+            return self._cache.get((self._own, slab), lambda: self.predictor.embed_slab(images))
+
+        return self.predictor.embed_slice(self.images, number, slab_of)
 
     def _gather(self, prompts: Iterable[Prompt]) -> dict[int, dict[int, _Asked]]:
         """Slice number → class → all that is said of it there."""

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 
 from cheaplunch.checkpoints import restore_tensors, trained_tensors
-from cheaplunch.config import RunConfig, TrainingConfig, training_prompting
+from cheaplunch.config import RunConfig, TrainingConfig, slab_slices, training_prompting
 from cheaplunch.errors import UserError
 from cheaplunch.losses import class_loss, segmentation_loss
 from cheaplunch.models.segmenter import Segmenter, build_segmenter
@@ -62,7 +62,7 @@ class Learner:
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.parallel):
                 # Not accelerate's autocast: its state is one a process, and a second run may want another precision.
                 with self._drawing(part.seed), autocast(self.device, self.precision):
-                    outputs = self.parallel(part.images, part.prompts, part.shown_px)  # (B, P, O, S, S)
+                    outputs = self.parallel(part.seen, part.prompts, part.shown_px)  # (B, P, O, S, S)
                 loss = self.loss_of(outputs, part.targets, self.config.ce_weight, self.config.dice_weight)
                 loss = loss / len(parts)
                 self.scaler.scale(loss).backward()
@@ -147,5 +147,9 @@ def start_processes(config: RunConfig, out: Path) -> Accelerator:
 
 
 def _leaves_some(config: RunConfig) -> bool:
-    """Whether a step may leave a trained tensor without gradient: SAMed's, and those of a second click."""
-    return config.model.head == "classes" or training_prompting(config.model)[0] == "clicks"
+    """Whether a step may leave a trained tensor without gradient.
+
+    SAMed's, those of a second click, and a depth branch where there are only pictures.
+    """
+    model = config.model
+    return model.head == "classes" or training_prompting(model)[0] == "clicks" or slab_slices(model) > 1

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cheaplunch.config import RunConfig
+from cheaplunch.config import RunConfig, slab_slices
 from cheaplunch.data.cases import CaseSlices, load_case
 from cheaplunch.data.index import Progress, SliceIndex, in_order, index_slices
 from cheaplunch.data.layouts import Case, Dataset, open_dataset
@@ -29,6 +31,7 @@ from cheaplunch.exemplars import (
     require_every_class,
     write_exemplars,
 )
+from cheaplunch.models.depth import slab_around
 from cheaplunch.models.segmenter import training_size_px
 from cheaplunch.runtime import pick_device
 from cheaplunch.sample_sets import StoredSamples, open_samples, write_samples
@@ -56,12 +59,24 @@ class Material:
     pool: Pool
     validation: list[Case]  # training cases that take no part in training
     stored: StoredSamples | None = None  # the set, where it is taken from the disk
+    slabs: Tensor | None = None  # (N, D, C, S, S): each exemplar in the middle of those around it, for a depth branch
 
     def samples(self, indices: Sequence[int]) -> Batch:
-        """Samples of the set by number: made as they are needed, or read where the set is on the disk."""
+        """Samples of the set by number: made as they are needed, or read where the set is on the disk.
+
+        Of slabs, (B, D · C, S, S), all slices are made as their middle one is: the draws are the same.
+        """
         if self.stored is not None:
             return self.stored.load(indices)
-        return synthesize(self.pool, indices, self.config.synthesis, self.config.seed)
+        parts = [synthesize(pool, indices, self.config.synthesis, self.config.seed) for pool in self._pools]
+        return replace(parts[0], images=torch.cat([part.images for part in parts], dim=1))
+
+    @cached_property
+    def _pools(self) -> list[Pool]:
+        """The pool as it is at each place of a slab: that place's images, with the labels of the middle."""
+        if self.slabs is None:
+            return [self.pool]
+        return [replace(self.pool, images=images.to(self.pool.images.device)) for images in self.slabs.unbind(1)]
 
     def load(self, case: Case) -> CaseSlices:
         """A case as the network is to see it."""
@@ -129,7 +144,9 @@ def prepare(config: RunConfig, progress: Progress | None = None) -> Material:
         free = [free[i] for i in sorted(rng.choice(len(free), MAX_BACKGROUNDS, replace=False))]
 
     window = pick_window(config, dataset)
-    slices = _load_slices([*exemplars, *free], cases, dataset, window, config.data.axis)
+    around = _slabs(exemplars, index, config)
+    wanted = dict.fromkeys([*exemplars, *free, *(key for slab in around for key in slab)])
+    slices = _load_slices(list(wanted), cases, dataset, window, config.data.axis)
     size = config.model.image_size or _image_size(config, [image for image, _ in slices.values()])
     numbers = list(dataset.labels.values())
     images, labels, sizes = _in_frame(exemplars, slices, size, numbers)
@@ -147,7 +164,9 @@ def prepare(config: RunConfig, progress: Progress | None = None) -> Material:
     names = tuple(dataset.labels) if config.model.head == "classes" else None
     resolved = replace(config, data=data, model=replace(config.model, image_size=size, class_names=names))
     material = Material(resolved, dataset, index, exemplars, pool, split_validation(config, dataset)[1])
-    return material if config.synthesis.synthetic_set is None else replace(material, stored=_open_set(material))
+    if config.synthesis.synthetic_set is not None:
+        material = replace(material, stored=_open_set(material))
+    return replace(material, slabs=_slabs_in_frame(around, slices, size)) if around else material
 
 
 def write_set(material: Material, folder: Path, count: int, progress: Callable[[int, int], None] | None = None) -> None:
@@ -242,6 +261,29 @@ def _image_size(config: RunConfig, images: Iterable[np.ndarray]) -> int:
     full = training_size_px(config.model.backbone)
     longest = max(max(image.shape[-2:]) for image in images)
     return full // 2 if longest <= SMALL_IMAGE_PX else full
+
+
+def _slabs(exemplars: list[SliceKey], index: SliceIndex, config: RunConfig) -> list[list[SliceKey]]:
+    """The slices of each exemplar's slab; none without a depth branch, and none of pictures, which have no depth."""
+    depth, slices = slab_slices(config.model), Counter(area.case_id for area in index.slices)
+    if depth == 1 or all(slices[key.case_id] == 1 for key in exemplars):
+        return []
+    slabs = []
+    for case_id, number in ((key.case_id, key.slice_number) for key in exemplars):
+        if (count := slices[case_id]) < depth:
+            raise UserError(
+                f"--depth {depth}: {case_id} has {count} slices in all; give --depth {count - 1 + count % 2}, or other "
+                "exemplars (--exemplar-file)"
+            )
+        slabs.append([SliceKey(case_id, around) for around in slab_around(number, count, depth)])
+    return slabs
+
+
+def _slabs_in_frame(around: list[list[SliceKey]], slices: Slices, size: int) -> Tensor:
+    """(N, D, C, size, size): slabs as `_in_frame` has single slices."""
+    slabs = [np.stack([slices[key][0] for key in slab]) for slab in around]  # (D, C, H, W) each
+    frames = [Frame(slab.shape[-2], slab.shape[-1], size) for slab in slabs]
+    return torch.stack([f.to_model(torch.from_numpy(slab)) for f, slab in zip(frames, slabs, strict=True)])
 
 
 def _in_frame(keys: list[SliceKey], slices: Slices, size: int, numbers: list[int]) -> tuple[Tensor, Tensor, Tensor]:

@@ -56,7 +56,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "learning_rate": 1e-4,
         "weight_decay": 0.01,
     },
-    # Clicks in rounds, as its §2.3. Its depth branch (models/depth.py) needs slabs of slices to learn from.
+    # Clicks in rounds, as its §2.3. Its depth branch, for volumes alone, has to be asked for (`adapter_parts`).
     "msa": {"tuning": "adapter", "training_prompts": "clicks:3"},
     "decoder-only": {"tuning": "decoder", "decoder_tuning": "full", "learning_rate": 5e-4},
     "lora-encoder-only": {"decoder_tuning": "frozen"},

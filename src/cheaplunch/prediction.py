@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TypeVar
 
 import numpy as np
@@ -13,6 +16,7 @@ from torch import Tensor
 from cheaplunch.data.cases import CaseSlices
 from cheaplunch.data.slices import Frame, as_rgb
 from cheaplunch.merging import Found, Segmentation, smooth_scores
+from cheaplunch.models.depth import embed_slice, slabs_a_slice
 from cheaplunch.models.segmenter import Segmenter
 from cheaplunch.prompting import Prompting, PromptKind
 from cheaplunch.prompts import Prompts, SimulatedUser, furthest_point, jitter_point, oracle_prompts
@@ -26,10 +30,10 @@ CARRIED_IOU = 0.4  # with the mask on the slice before; a mask that overlaps it 
 
 @dataclass(frozen=True, eq=False)
 class Embedded:
-    """A slice that is ready for prompts."""
+    """A slice that is ready for prompts; or those of a slab, one after another (`Predictor.embed_slab`)."""
 
     embedding: Tensor
-    """(1, 256, h, w)."""
+    """(1, 256, h, w); of a slab (D, 256, h, w)."""
     frame: Frame
     """Its place in the network's input."""
 
@@ -43,20 +47,59 @@ class Predictor:
         self.smooth_mm = smooth_mm
         self.device = next(segmenter.parameters()).device
         self._precision: Precision = precision
+        # Depth branches are told of a slab before it comes (`models.depth.Slab`): threads take turns.
+        self._turn = threading.Lock() if segmenter.slab_slices > 1 else contextlib.nullcontext()
 
     @torch.inference_mode()
     def embed(self, images: np.ndarray) -> list[Embedded]:
-        """Slices of one shape, (N, C, H, W) float32 in [0, 1] → N embeddings."""
-        height, width = images.shape[-2:]
-        frame = Frame(height, width, self.segmenter.image_size_px)
+        """Slices of one shape, (N, C, H, W) float32 in [0, 1], each on its own → N embeddings."""
         embedded = []
         for start in range(0, len(images), ENCODED_AT_ONCE):
-            batch = as_rgb(frame.to_model(torch.from_numpy(images[start : start + ENCODED_AT_ONCE])))
-            shown = torch.tensor([frame.resized[::-1]] * len(batch), device=self.device)
-            with autocast(self.device, self._precision):
-                embeddings = self.segmenter.embed(batch.to(self.device), shown)
-            embedded += [Embedded(embedding[None].float(), frame) for embedding in embeddings]
+            batch, shown = self._framed(images[start : start + ENCODED_AT_ONCE])
+            with self._turn, autocast(self.device, self._precision):
+                embeddings = self.segmenter.embed(batch, shown)
+            embedded += [Embedded(embedding[None].float(), self._frame(images)) for embedding in embeddings]
         return embedded
+
+    def embed_each(self, images: np.ndarray, numbers: Sequence[int]) -> Iterator[Embedded]:
+        """Slices `numbers` of a volume (N, C, H, W), one by one; each has seen those around it if the network can."""
+        if self.segmenter.slab_slices > 1:
+            yield from map(self.open(images), numbers)
+            return
+        for start in range(0, len(numbers), ENCODED_AT_ONCE):
+            yield from self.embed(images[list(numbers[start : start + ENCODED_AT_ONCE])])
+
+    def open(self, images: np.ndarray) -> Callable[[int], Embedded]:
+        """As `embed_each`, but of any number that is asked for; neighbours are had the cheapest one after another."""
+        depth = self.segmenter.slab_slices
+        kept = lru_cache(slabs_a_slice(depth, depth // 2))(lambda slab: self.embed_slab(images[slab.start : slab.stop]))
+        return lambda number: self.embed_slice(images, number, kept)
+
+    def embed_slice(self, images: np.ndarray, number: int, slab_of: Callable[[range], Embedded]) -> Embedded:
+        """Slice `number` of a volume (N, C, H, W), from its slabs, which overlap by half and which `slab_of` embeds."""
+        depth = self.segmenter.slab_slices
+        embedding = embed_slice(number, len(images), depth, depth // 2, lambda slab: slab_of(slab).embedding)
+        return Embedded(embedding[None], self._frame(images))
+
+    @torch.inference_mode()
+    def embed_slab(self, images: np.ndarray) -> Embedded:
+        """D slices of a volume that follow one another, (D, C, H, W), as they see one another: (D, 256, h, w)."""
+        if len(images) == 1:
+            return self.embed(images)[0]
+        batch, shown = self._framed(images)
+        with self._turn, autocast(self.device, self._precision):
+            [embeddings] = self.segmenter.embed_slabs(batch[None], shown[:1])
+        return Embedded(embeddings.float(), self._frame(images))
+
+    def _frame(self, images: np.ndarray) -> Frame:
+        height, width = images.shape[-2:]
+        return Frame(height, width, self.segmenter.image_size_px)
+
+    def _framed(self, images: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Slices (B, C, H, W) in the network's square, (B, 3, S, S), and their width and height there (B, 2)."""
+        frame = self._frame(images)
+        batch = as_rgb(frame.to_model(torch.from_numpy(images)))
+        return batch.to(self.device), torch.tensor([frame.resized[::-1]] * len(batch), device=self.device)
 
     @torch.inference_mode()
     def probabilities(self, embedded: Embedded, prompts: Prompts) -> np.ndarray:
@@ -114,19 +157,17 @@ def segment_draws(
         return [carry_click(predictor, case, rng, prompting.point_jitter_px, keep) for rng in rngs]
     drawn: list[dict[int, Found]] = [{clicks: {} for clicks in reported_clicks(prompting)} for _ in rngs]
     shown = [number for number in range(len(truth)) if truth[number].any()]
-    for start in range(0, len(shown), ENCODED_AT_ONCE):
-        chunk = shown[start : start + ENCODED_AT_ONCE]
-        for number, embedded in zip(chunk, predictor.embed(case.image[chunk]), strict=True):
-            classes = _classes(truth[number])
-            masks = truth[number] == np.array(classes)[:, None, None]  # (P, H, W)
-            decided = np.ones(masks.shape[1:], bool) if case.ignore is None else ~case.ignore[number]  # (H, W)
-            for found, rng in zip(drawn, rngs, strict=True):
-                if prompting.kind == "clicks":
-                    answers = _answer_clicks(predictor, embedded, masks, decided, prompting, rng)
-                else:
-                    answers = {1: _answer_once(predictor, embedded, masks, prompting, rng)}
-                for clicks, probabilities in answers.items():
-                    found[clicks][number] = dict(zip(classes, probabilities, strict=True))
+    for number, embedded in zip(shown, predictor.embed_each(case.image, shown), strict=True):
+        classes = _classes(truth[number])
+        masks = truth[number] == np.array(classes)[:, None, None]  # (P, H, W)
+        decided = np.ones(masks.shape[1:], bool) if case.ignore is None else ~case.ignore[number]  # (H, W)
+        for found, rng in zip(drawn, rngs, strict=True):
+            if prompting.kind == "clicks":
+                answers = _answer_clicks(predictor, embedded, masks, decided, prompting, rng)
+            else:
+                answers = {1: _answer_once(predictor, embedded, masks, prompting, rng)}
+            for clicks, probabilities in answers.items():
+                found[clicks][number] = dict(zip(classes, probabilities, strict=True))
     return [Segmentation.of(found, truth.shape, keep, case.step_mm, predictor.smooth_mm) for found in drawn]
 
 
@@ -153,9 +194,8 @@ def segment_auto(
 
 def _scores(predictor: Predictor, images: np.ndarray) -> Iterator[np.ndarray]:
     """Slices (N, C, H, W) → of each the logarithms of its outputs' probabilities, (K + 1, s, s)."""
-    for start in range(0, len(images), ENCODED_AT_ONCE):
-        for embedded in predictor.embed(images[start : start + ENCODED_AT_ONCE]):
-            yield predictor.classes(embedded).log_softmax(dim=0).cpu().numpy()
+    for embedded in predictor.embed_each(images, range(len(images))):
+        yield predictor.classes(embedded).log_softmax(dim=0).cpu().numpy()
 
 
 def reported_clicks(prompting: Prompting) -> list[int]:
@@ -224,10 +264,11 @@ def carry_click(
     home = {k: int((truth == k).sum(axis=(1, 2)).argmax()) for k in classes}  # class → slice of its click
     first, last = min(home.values(), default=0), max(home.values(), default=0)
     embedded_between: dict[int, Embedded] = {}  # what both directions may pass
+    embed = predictor.open(case.image)
 
     def ask(number: int, points: dict[int, tuple[float, float]]) -> dict[int, np.ndarray]:
         """Class → its probability (H, W) on slice `number`, from a point on it."""
-        embedded = embedded_between.get(number) or predictor.embed(case.image[number : number + 1])[0]
+        embedded = embedded_between.get(number) or embed(number)
         if first <= number <= last:
             embedded_between[number] = embedded
         points_xy = torch.tensor([list(points.values())], dtype=torch.float64)  # (1, P, 2)

@@ -33,6 +33,13 @@ class Work:
     """Width and height (B, 2) that each image fills of its square."""
     seed: int = 0
     """Of what the network itself draws: dropout."""
+    slabs: Tensor | None = None
+    """(B, D, 3, S, S): the images, each in the middle of the slices around it, for a network with a depth branch."""
+
+    @property
+    def seen(self) -> Tensor:
+        """What the network is given: images, or slabs."""
+        return self.images if self.slabs is None else self.slabs
 
     def parts(self, count: int) -> Iterator[Work]:
         """The same in `count` equal parts of its images."""
@@ -40,11 +47,13 @@ class Work:
         for start in range(0, len(self.images), size):
             some = slice(start, start + size)
             pictures = self.images[some], self.targets[some]
-            yield Work(*pictures, self.prompts[some], self.shown_px[some], self.seed + start)
+            slabs = None if self.slabs is None else self.slabs[some]
+            yield Work(*pictures, self.prompts[some], self.shown_px[some], self.seed + start, slabs)
 
     def to(self, device: torch.device) -> Work:
         images, targets, shown_px = (_send(t, device) for t in (self.images, self.targets, self.shown_px))
-        return Work(images, targets, self.prompts.to(device), shown_px, self.seed)
+        slabs = None if self.slabs is None else _send(self.slabs, device)
+        return Work(images, targets, self.prompts.to(device), shown_px, self.seed, slabs)
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,8 +104,11 @@ def draw_work(material: Material, step: int, offsets: Sequence[int]) -> Work:
     if config.training.augmentation == "samed":
         batch = augment(batch, [_generator(seed, "augmentation", step, offset) for offset in offsets])
     drawn = derive_seed(seed, "network", step, *offsets)
+    depth = 1 if material.slabs is None else material.slabs.shape[1]
+    seen = as_rgb(batch.images.unflatten(1, (depth, -1)))  # (B, D, 3, S, S)
+    images, slabs = seen[:, depth // 2], seen if depth > 1 else None
     if config.model.head == "classes":
-        return Work(as_rgb(batch.images), batch.labels[:, None], Prompts(), batch.sizes, drawn)
+        return Work(images, batch.labels[:, None], Prompts(), batch.sizes, drawn, slabs)
     targets, points = [], []
     for label, offset in zip(batch.labels.cpu(), offsets, strict=True):
         generator = _generator(seed, "prompts", step, offset)
@@ -104,7 +116,7 @@ def draw_work(material: Material, step: int, offsets: Sequence[int]) -> Work:
         points.append(training_points(targets[-1], generator, config.training.furthest_share))
     masks = torch.stack(targets)  # (B, P, S, S)
     prompts = _prompts(config, masks, torch.stack(points), batch.sizes, step, offsets)
-    return Work(as_rgb(batch.images), masks, prompts, batch.sizes, drawn)
+    return Work(images, masks, prompts, batch.sizes, drawn, slabs)
 
 
 def _prompts(

@@ -1,13 +1,22 @@
 """The depth branch: the block's own attention across slices, at one place and nowhere else; and slabs of slices."""
 
 import copy
+from functools import lru_cache
 
 import pytest
 import torch
 from transformers import SamConfig, SamVisionConfig
 
 from cheaplunch.models.adapters import AdapterSettings, add_adapters
-from cheaplunch.models.depth import DepthBranch, Slab, cut_slabs, embed_volume, encode_slabs
+from cheaplunch.models.depth import (
+    DepthBranch,
+    Slab,
+    cut_slabs,
+    embed_slice,
+    encode_slabs,
+    slab_around,
+    slabs_a_slice,
+)
 from cheaplunch.models.sam import IMAGENET, Sam
 from cheaplunch.models.tiny_vit import TinyViT, TinyViTConfig
 
@@ -224,25 +233,43 @@ def test_slabs_cannot_overlap_by_all_of_themselves(depth, overlap):
         cut_slabs(9, depth, overlap)
 
 
+def embeddings_of(count, depth, overlap, encode) -> list[torch.Tensor]:
+    kept = lru_cache(slabs_a_slice(depth, overlap))(encode)
+    return [embed_slice(number, count, depth, overlap, kept) for number in range(count)]
+
+
 def test_what_slabs_say_of_a_slice_is_weighed_by_its_place_in_them():
     """Slabs 0–3 and 2–5 of six slices: slice 2 is next to an end of the first (2) and at one of the second (1)."""
-    said = embed_volume(6, 4, 2, lambda slab: torch.full((4, 1, 1, 1), float(slab.start)))  # 0, then 2
+    said = embeddings_of(6, 4, 2, lambda slab: torch.full((4, 1, 1, 1), float(slab.start)))  # 0, then 2
     expected = [0, 0, (2 * 0 + 1 * 2) / 3, (1 * 0 + 2 * 2) / 3, 2, 2]
     assert [float(embedding) for embedding in said] == pytest.approx(expected)
 
 
 def test_three_slabs_can_share_a_slice():
     """Slabs of 3 in steps of 1 over five slices; slice 2 is at an end, in the middle, and at an end."""
-    said = embed_volume(5, 3, 2, lambda slab: torch.full((3, 1, 1, 1), float(slab.start)))
+    said = embeddings_of(5, 3, 2, lambda slab: torch.full((3, 1, 1, 1), float(slab.start)))
     expected = [0, (2 * 0 + 1) / 3, (1 * 0 + 2 * 1 + 1 * 2) / 4, (1 * 1 + 2 * 2) / 3, 2]
     assert [float(embedding) for embedding in said] == pytest.approx(expected)
 
 
-def test_slabs_are_encoded_one_by_one_as_they_are_needed():
+def test_slabs_are_encoded_as_they_are_needed_and_in_order_each_once():
     encoded = []
-    said = embed_volume(6, 2, 0, lambda slab: encoded.append(slab) or torch.zeros(2, 1, 1, 1))
-    next(said)
-    assert encoded == [range(0, 2)]
+    embed_slice(3, 12, 5, 2, lambda slab: encoded.append(slab) or torch.zeros(5, 1, 1, 1))
+    assert encoded == [range(0, 5), range(3, 8)]
+    for count, depth, overlap in ((12, 5, 2), (13, 5, 2), (14, 5, 4), (9, 4, 3), (7, 3, 1), (5, 1, 0)):
+        encoded.clear()
+        embeddings_of(count, depth, overlap, lambda slab, d=depth: encoded.append(slab) or torch.zeros(d, 1, 1, 1))
+        assert encoded == cut_slabs(count, depth, overlap)
+
+
+def test_a_slice_is_in_the_middle_of_its_slab_and_at_an_end_of_the_volume_beside_its_first_or_last():
+    assert slab_around(4, 9, 5) == [2, 3, 4, 5, 6]
+    assert slab_around(2, 9, 5) == [0, 1, 2, 3, 4]
+    assert slab_around(0, 9, 5) == [3, 4, 0, 1, 2]
+    assert slab_around(8, 9, 5) == [6, 7, 8, 4, 5]
+    assert slab_around(7, 9, 5) == [5, 6, 7, 8, 4]
+    assert slab_around(1, 2, 5) == [0, 1]  # all there are
+    assert slab_around(3, 9, 1) == [3]
 
 
 @torch.no_grad()
@@ -252,7 +279,7 @@ def test_a_volume_in_slabs_of_one_slice_is_the_2_d_model(trained):
     def encode(slab: range) -> torch.Tensor:
         return encode_slabs(trained, slices[None, slab.start : slab.stop])[0]
 
-    in_slices = torch.stack(list(embed_volume(6, 1, 0, encode)))
+    in_slices = torch.stack(embeddings_of(6, 1, 0, encode))
     torch.testing.assert_close(in_slices, trained.encode(slices), atol=1e-5, rtol=0)  # in a batch of another size
-    in_slabs = torch.stack(list(embed_volume(6, 4, 2, encode)))
+    in_slabs = torch.stack(embeddings_of(6, 4, 2, encode))
     assert (in_slabs - in_slices).abs().amax(dim=(1, 2, 3)).min() > 1e-2

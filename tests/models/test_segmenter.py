@@ -100,6 +100,28 @@ def test_only_lora_and_the_small_modules_are_trained(fresh):
     }
 
 
+def test_msa_s_prompt_embeddings_are_trained_where_it_is_said(build):
+    trained = [
+        {
+            name
+            for name, p in build(tuning="adapter", training_prompts="clicks:3", **more).named_parameters()
+            if p.requires_grad
+        }
+        for more in ({}, {"adapter_prompts": True})
+    ]
+    embeddings = {name.removeprefix("network.prompt_encoder.") for name in trained[1] - trained[0]}
+    # Points off the target and on it, and the mask of the answer before; not the corners of boxes.
+    assert {name for name in embeddings if not name.startswith("mask_embed.")} == {
+        "point_embed.0.weight",
+        "point_embed.1.weight",
+        "not_a_point_embed.weight",
+        "no_mask_embed.weight",
+    }
+    assert any(name.startswith("mask_embed.") for name in embeddings)
+    assert trained[0] < trained[1]
+    assert not any("prompt_encoder" in name for name in trained[0])
+
+
 def test_train_mode_computes_the_same(fresh):
     before = foreground(fresh)
     other = copy.deepcopy(fresh).train()

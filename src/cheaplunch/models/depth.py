@@ -9,7 +9,7 @@ docs/msa.md says what was decided where the paper is silent: the gate, a slab of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -107,20 +107,34 @@ def cut_slabs(count: int, depth: int, overlap: int) -> list[range]:
     return [range(start, min(start + depth, count)) for start in starts]
 
 
-def embed_volume(count: int, depth: int, overlap: int, encode: Callable[[range], Tensor]) -> Iterator[Tensor]:
-    """The embeddings (256, h, w) of a volume's `count` slices, one by one in order, from slabs that overlap.
+def slab_around(number: int, count: int, depth: int) -> list[int]:
+    """The slices of the slab that slice `number` of `count` is in the middle of, `depth` of them.
 
-    `encode` gives those of a slab's slices, (slices, 256, h, w). A slice in several slabs gets the mean of what they
-    say, each weighing the more the further the slice is from the slab's ends: 1 at an end, 2 next to it. Only the
-    slices of one slab are held.
+    At an end of the volume they are its first or last ones, in an order that puts the slice in the middle all the same:
+    the order makes no difference (`DepthBranch`). Where there are fewer slices than `depth`, they are all of them.
     """
-    slabs = cut_slabs(count, depth, overlap)
-    open_slices: dict[int, tuple[Tensor, int]] = {}  # number → weighted sum of embeddings, sum of weights
-    for slab, after in zip(slabs, [*(s.start for s in slabs[1:]), count], strict=True):
-        for number, embedding in zip(slab, encode(slab), strict=True):
-            weight = 1 + min(number - slab.start, slab.stop - 1 - number)
-            total, weights = open_slices.pop(number, (torch.zeros_like(embedding), 0))
-            open_slices[number] = total + weight * embedding, weights + weight
-        for number in range(slab.start, after):
-            total, weights = open_slices.pop(number)
-            yield total / weights
+    size = min(depth, count)
+    first = min(max(number - size // 2, 0), count - size)
+    return [first + (number - first + place - size // 2) % size for place in range(size)]
+
+
+def embed_slice(number: int, count: int, depth: int, overlap: int, encode: Callable[[range], Tensor]) -> Tensor:
+    """The embedding (256, h, w) of slice `number` of a volume's `count`, from slabs that overlap (`cut_slabs`).
+
+    `encode` gives those of a slab's slices, (slices, 256, h, w), and had better remember the last `slabs_a_slice`. A
+    slice in several slabs gets the mean of what they say, each weighing the more the further the slice is from the
+    slab's ends: 1 at an end, 2 next to it.
+    """
+    slabs = [slab for slab in cut_slabs(count, depth, overlap) if number in slab]
+    said = [encode(slab)[number - slab.start] for slab in slabs]
+    if len(said) == 1:
+        return said[0]
+    weights = [1 + min(number - slab.start, slab.stop - 1 - number) for slab in slabs]
+    return torch.stack([embedding * weight for embedding, weight in zip(said, weights, strict=True)]).sum(0) / sum(
+        weights
+    )
+
+
+def slabs_a_slice(depth: int, overlap: int) -> int:
+    """The most slabs that a slice is in; one more than in the midst of a volume, whose last slab is moved back."""
+    return -(-depth // (depth - overlap)) + 1

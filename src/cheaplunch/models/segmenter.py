@@ -10,11 +10,12 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from cheaplunch.config import ModelConfig, training_prompting
+from cheaplunch.config import ModelConfig, slab_slices, training_prompting
 from cheaplunch.errors import UserError
 from cheaplunch.models.adapters import AdapterSettings, add_adapters
 from cheaplunch.models.backbones import get_backbone, load_backbone
 from cheaplunch.models.baselines import BASELINES, build_baseline
+from cheaplunch.models.depth import encode_slabs
 from cheaplunch.models.heads import (
     Head,
     best_mask,
@@ -46,18 +47,33 @@ class Segmenter(nn.Module):
     `network` is a `Sam`, peft's wrapper of one, or a `PlainNetwork`.
     """
 
-    def __init__(self, network: Sam | PeftModel | PlainNetwork, head: Head, image_size_px: int):
+    def __init__(self, network: Sam | PeftModel | PlainNetwork, head: Head, image_size_px: int, slab_slices: int = 1):
+        """`slab_slices`: how many slices of a volume it was made to see at once; 1 without a depth branch."""
         super().__init__()
         self.network = network
         self.head: Head = head
         self.image_size_px = image_size_px
+        self.slab_slices = slab_slices
 
     def embed(self, images: Tensor, shown_px: Tensor | None = None) -> Tensor:
         """(B, 3, S, S) in [0, 1] → (B, 256, S / stride, S / stride).
 
-        `shown_px` (B, 2) is each image's width and height in its square; see `Sam.encode` for what it does to padding.
+        Of slabs (B, D, 3, S, S) it is the middle slice that is embedded, as one that has seen the others. `shown_px`
+        (B, 2) is each image's width and height in its square; see `Sam.encode` for what it does to padding.
         """
+        if images.ndim == 5:
+            return self.embed_slabs(images, shown_px)[:, images.shape[1] // 2]
         return self.network.encode(images, shown_px)
+
+    def embed_slabs(self, slabs: Tensor, shown_px: Tensor | None = None) -> Tensor:
+        """As `embed`, but of every slice: (B, D, 3, S, S) → (B, D, 256, S / stride, S / stride).
+
+        The slices of a slab are of one volume, one after another, and have one width and height.
+        """
+        if shown_px is not None:
+            shown_px = shown_px[:, None].expand(-1, slabs.shape[1], -1)  # (B, D, 2)
+        network: Any = self.network
+        return encode_slabs(network, slabs, shown_px)
 
     def decode(self, embeddings: Tensor, prompts: Prompts) -> Tensor:
         """B embeddings and P prompts on each → (B, P, O, H, W) outputs in float32; O is 1 or 2.
@@ -138,7 +154,7 @@ def build_segmenter(config: ModelConfig, seed: int = 0) -> Segmenter:
         return Segmenter(network, config.mask, size).eval()
     with torch.random.fork_rng(devices=[]):  # peft and torch.nn draw from the global generator
         torch.manual_seed(seed)
-        return Segmenter(_adapt(network, config), config.head, size)
+        return Segmenter(_adapt(network, config), config.head, size, slab_slices(config))
 
 
 def _build_plain(config: ModelConfig, seed: int) -> Segmenter:
@@ -165,10 +181,10 @@ def _adapt(network: Sam, config: ModelConfig) -> Sam | PeftModel:
     else:
         make_two_outputs(network, config.head_start)
     whole = trained_modules(config.head, training_prompting(config)[0], classes)
-    if config.tuning == "adapter":  # the prompt encoder stays frozen
+    if config.tuning == "adapter":
         settings = AdapterSettings(config.adapter_parts, config.adapter_width, config.adapter_scale)
         head = [name for name in whole if name.startswith("mask_decoder.")]
-        add_adapters(network, settings, torch.default_generator, head)
+        add_adapters(network, settings, torch.default_generator, whole if config.adapter_prompts else head)
         return network
     if config.tuning == "full":
         whole.append("vision_encoder")
@@ -184,4 +200,5 @@ def load_segmenter(config: ModelConfig, adapter: Path) -> Segmenter:
     """A fine-tuned network, ready to predict: plain, with the adapter merged into it."""
     segmenter = build_segmenter(config)
     load_adapter(segmenter.network, adapter)
-    return Segmenter(merge(segmenter.network), segmenter.head, segmenter.image_size_px).eval()
+    plain = merge(segmenter.network)
+    return Segmenter(plain, segmenter.head, segmenter.image_size_px, segmenter.slab_slices).eval()
