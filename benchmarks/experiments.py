@@ -4,21 +4,30 @@ few-exemplars  Cheap Lunch with and without synthesis from few slices and many, 
                all with the same steps (one image each) at the same input size, one point a class and slice. "Without"
                still moves and varies the exemplars as wholes; with the fewest, a third row does not even do that.
 targets        Cheap Lunch with the most exemplars of that list and steps for some fifteen minutes of two cores.
+mild           the rows with the fewest exemplars and the most again, with brightness and sharpness hardly varied: what
+               is pasted keeps its contrast to what it is pasted on.
 longer         the rows with the fewest exemplars again, with three times the steps, where overfitting would show.
+methods        every method on the same few exemplars and on all training slices: all of them on hippocampus, six on the
+               others. SAM's learn from as many images at the same input size, a step being four where the method says
+               so; the plain networks have a budget of their own, to their plateau. Prompted and automatic stay apart.
 
-Every row is fine-tuned and scored on the test cases in this process and written, case by case, as soon as it is done;
-rows that the JSON holds are not done again. The table, made by `compare`, is written beside it after each row. Nothing
-is chosen on these cases: the settings stand in this file. Seconds of training are told, but other jobs may have run.
+Every row is fine-tuned and scored on the test cases in a process of its own, so that its peak of memory is its own, and
+written, case by case, as soon as it is done; rows that the JSON holds are not done again. The table, made by `compare`,
+and what training took are written beside it after each row. Nothing is chosen on these cases: the settings stand in
+this file. Seconds of training are told, but other jobs may have run.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+import statistics
 import tempfile
 from argparse import Namespace
 from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +39,10 @@ from cheaplunch.evaluation.comparison import compare
 from cheaplunch.evaluation.evaluations import Run, mean_of_runs
 from cheaplunch.evaluation.formats import markdown
 from cheaplunch.files import write_text
+from cheaplunch.methods import METHODS
 from cheaplunch.models.segmenter import build_segmenter, load_segmenter
 from cheaplunch.prompting import Prompting
+from cheaplunch.runs import RunFolder
 from cheaplunch.scoring import Assessment, assess
 from cheaplunch.training import finetune
 
@@ -39,6 +50,8 @@ BUDGET = {"steps": 160, "warmup_steps": 16, "image_size": 112}
 EXEMPLARS = {"hippocampus": (1, 5, 9, 36), "chaos": (1, 5, 10), "lgg": (3, 9, 45)}
 THREE = (0, 1, 2)  # seeds
 AS_THEY_ARE = {"real_share": 1.0, "rotation_deg": 0, "scale": 0, "shift": 0, "blur_px": 0, "intensity": 0}
+
+MILD = {"intensity": 0.05, "blur_px": 0.3}
 
 
 @dataclass(frozen=True)
@@ -49,7 +62,8 @@ class Trained:
     method: str = "cheap-lunch"
     settings: Mapping[str, Any] = field(default_factory=dict)
     seeds: tuple[int, ...] = (0,)
-    prompts: Prompting = Prompting()
+    prompts: tuple[Prompting, ...] = (Prompting(),)
+    """Each is a row of figures for one training."""
 
 
 def few_exemplars(dataset: str) -> list[Trained]:
@@ -60,6 +74,12 @@ def few_exemplars(dataset: str) -> list[Trained]:
     for count in counts:
         rows += ways(count, BUDGET, THREE if everywhere or count == counts[0] else (0,), count == counts[0])
     return [*rows, Trained("full set", "full-set", BUDGET, THREE if everywhere else (0,))]
+
+
+def mild(dataset: str) -> list[Trained]:
+    fewest, most = EXEMPLARS[dataset][0], EXEMPLARS[dataset][-1]
+    settings = {**BUDGET, **MILD}
+    return [*ways(fewest, settings, THREE, False), *ways(most, settings, (0,), False)]
 
 
 def longer(dataset: str) -> list[Trained]:
@@ -78,14 +98,49 @@ def ways(count: int, settings: Mapping[str, Any], seeds: tuple[int, ...], all_th
 
 
 def targets(dataset: str) -> list[Trained]:
-    """The default settings but for the steps, which are fewer where the input is larger."""
+    """The default settings but for the steps, which are fewer where the input is larger; on lgg another way too."""
     count = EXEMPLARS[dataset][-1]
     steps = {"hippocampus": 800, "chaos": 400, "lgg": 400}[dataset]
     settings = {"exemplars": count, "steps": steps, "warmup_steps": steps // 10}
-    return [Trained(f"{count} exemplars, {steps} steps", "cheap-lunch", settings)]
+    rows = [Trained(f"{count} exemplars, {steps} steps", "cheap-lunch", settings)]
+    if dataset == "lgg":  # as held-out patients preferred (docs/choices.md)
+        settings = {"exemplars": count, "steps": 800, "warmup_steps": 80, "image_size": 112, **MILD}
+        rows.append(Trained(f"{count} exemplars, 800 steps at 112 px, hardly varied", "cheap-lunch", settings))
+    return rows
 
 
-TABLES = {"few-exemplars": few_exemplars, "longer": longer, "targets": targets}
+FURTHEST, BOX, AUTO = Prompting(), Prompting("box"), Prompting("auto")
+PROMPTED = {  # and how each is asked: as it was trained
+    "cheap-lunch": (FURTHEST,),
+    "medsam": (BOX,),
+    "msa": (FURTHEST, Prompting("clicks", 3)),
+    "decoder-only": (FURTHEST,),
+    "lora-encoder-only": (FURTHEST,),
+}
+PROMPT_FREE = ("samed", "samed-s", "linear-probe")
+PLAIN = {"unet": 2000, "attention-unet": 2000, "segresnet": 1000, "unetr": 600, "swin-unetr": 600, "transunet": 600}
+TELLING = ("cheap-lunch", "medsam", "msa", "samed", "unet", "attention-unet")
+CONTROLS = ("samed-s", "linear-probe", "decoder-only", "lora-encoder-only")  # with few exemplars alone
+
+
+def methods(dataset: str) -> list[Trained]:
+    """Few exemplars first. The plain networks see hippocampus at about its own resolution, as nnU-Net would."""
+    names = (*PROMPTED, *PROMPT_FREE, *PLAIN) if dataset == "hippocampus" else TELLING
+    exemplars = {"hippocampus": 9, "chaos": 5, "lgg": 9}[dataset]
+    rows = [Trained("untuned", "zero-shot", {"image_size": 112}, prompts=(FURTHEST, Prompting("clicks", 10), BOX))]
+    for said, data in {f"{exemplars} exemplars": {"exemplars": exemplars}, "full set": METHODS["full-set"]}.items():
+        for name in names:
+            if name in CONTROLS and said == "full set":
+                continue
+            steps, size = 300, 112
+            if name in PLAIN:
+                steps, size = PLAIN[name], 64 if dataset == "hippocampus" else 112
+            settings = {"steps": steps, "warmup_steps": steps // 10, "image_size": size, **data}
+            rows.append(Trained(f"{name}, {said}", name, settings, prompts=PROMPTED.get(name, (AUTO,))))
+    return rows
+
+
+TABLES = {"few-exemplars": few_exemplars, "mild": mild, "longer": longer, "targets": targets, "methods": methods}
 
 
 def main() -> None:
@@ -96,30 +151,32 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", metavar="N", help="these alone (default: all of the table's)")
     parser.set_defaults(out=None)
     options = parser.parse_args()
-    runtime.keep_freed_memory()
-    runtime.use_cores()
     rows = TABLES[options.table](options.data.name)
     out = options.out or HERE / "results" / f"{options.table}-{options.data.name}-{slug()}.json"
     found: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))["rows"] if out.is_file() else {}
     seeds = options.seeds or sorted({seed for row in rows for seed in row.seeds})
     plan = [(row, seed) for seed in seeds for row in rows if seed in row.seeds]
     for row, seed in progress([(row, seed) for row, seed in plan if place(row, seed) not in found], options.table):
-        found[place(row, seed)] = scored(row, seed, options)
+        with ProcessPoolExecutor(1, get_context("spawn")) as alone:
+            found |= alone.submit(scored, row, seed, options).result()
         write(out, options, found)
         write_text(table(rows, found), out.with_suffix(".md"))
     console.print(f"written: {out} and {out.with_suffix('.md').name}")
 
 
-def place(row: Trained, seed: int) -> str:
-    return f"{row.label}, seed {seed}"
+def place(row: Trained, seed: int, prompts: Prompting | None = None) -> str:
+    """Its key in the JSON; only prompts beyond its first are named."""
+    asked = f", {prompts}" if prompts not in (None, row.prompts[0]) else ""
+    return f"{row.label}{asked}, seed {seed}"
 
 
-def scored(row: Trained, seed: int, options: Namespace) -> dict[str, Any]:
-    """The evaluation of a model trained now, with what its training took."""
+def scored(row: Trained, seed: int, options: Namespace) -> dict[str, dict[str, Any]]:
+    """The evaluations of a model trained now, by their keys, with what its training took."""
+    runtime.keep_freed_memory()
+    runtime.use_cores()
     config = build_config(row.method, {**row.settings, "data": options.data, "seed": seed})
     device = runtime.pick_device(config.device)
     precision = runtime.pick_precision(config.training.precision, device)
-    assessment = Assessment(options.data, row.prompts)
     with tempfile.TemporaryDirectory() as scratch:
         facts: dict[str, Any] = {}
         if config.model.tuning == "none":
@@ -128,17 +185,33 @@ def scored(row: Trained, seed: int, options: Namespace) -> dict[str, Any]:
             where = options.work / place(row, seed).replace(", ", "-").replace(" ", "-") if options.work else None
             run = finetune(config, where or Path(scratch) / "run", resume=bool(where and where.exists()))
             config = run.load_config()
-            said = json.loads(run.environment.read_text(encoding="utf-8"))
-            facts = {name: said[name] for name in ("training_seconds", "trained_parameters", "peak_memory_bytes")}
-            steps = [json.loads(line) for line in run.metrics.read_text(encoding="utf-8").splitlines()]
-            last = steps[-len(steps) // 4 :]
-            facts["loss_of_last_quarter"] = sum(step["loss"] for step in last) / len(last)
+            facts = took(run)
             shutil.rmtree(run.checkpoint, ignore_errors=True)
             segmenter = load_segmenter(config.model, run.adapter)
-        result = assess(segmenter.to(device), config, assessment, precision, Path(scratch) / "masks")["strict"]
-    kept = ("id", "patient", "class", "dice", "hd95", "iou", "nsd")
-    cases = [{name: shortened(case[name]) for name in kept if name in case} for case in result["cases"]]
-    return {**result, **facts, "seed": seed, "cases": cases}
+        segmenter.to(device)
+        found = {}
+        for prompts in row.prompts:
+            result = assess(segmenter, config, Assessment(options.data, prompts), precision, Path(scratch) / "masks")
+            result = result["strict"]
+            cases = [{name: shortened(case[name]) for name in KEPT if name in case} for case in result["cases"]]
+            found[place(row, seed, prompts)] = {**result, **facts, "seed": seed, "cases": cases}
+    return found
+
+
+KEPT = ("id", "patient", "class", "dice", "hd95", "iou", "nsd")
+
+
+def took(run: RunFolder) -> dict[str, Any]:
+    """What training took and left, and by the loss of its last two quarters whether it had come to an end."""
+    said = json.loads(run.environment.read_text(encoding="utf-8"))
+    losses = [json.loads(line)["loss"] for line in run.metrics.read_text(encoding="utf-8").splitlines()]
+    quarter = max(1, len(losses) // 4)
+    return {
+        **{name: said[name] for name in ("training_seconds", "trained_parameters", "peak_memory_bytes")},
+        "adapter_bytes": sum(file.stat().st_size for file in run.adapter.iterdir()),
+        "loss_of_third_quarter": statistics.fmean(losses[-2 * quarter : -quarter]),
+        "loss_of_last_quarter": statistics.fmean(losses[-quarter:]),
+    }
 
 
 def shortened(value: Any) -> Any:
@@ -155,14 +228,29 @@ def write(out: Path, options: Namespace, found: Mapping[str, Any]) -> None:
 
 
 def table(rows: list[Trained], found: Mapping[str, Any]) -> str:
-    """By `compare`; a row of which some seeds are there is the mean of those."""
-    runs = []
+    """By `compare`; a row of which some seeds are there is the mean of those. Below it what training took."""
+    runs, costs = [], []
     for row in rows:
-        there = {place(row, seed): found[place(row, seed)] for seed in row.seeds if place(row, seed) in found}
-        if there:
-            result = mean_of_runs(there) if len(there) > 1 else next(iter(there.values()))
-            runs.append(Run(row.label, row.label, result))
-    return markdown(compare(runs, tables=[]))
+        for prompts in row.prompts:
+            keys = [place(row, seed, prompts) for seed in row.seeds]
+            there = {key: found[key] for key in keys if key in found}
+            if there:
+                result = mean_of_runs(there) if len(there) > 1 else next(iter(there.values()))
+                runs.append(Run(row.label, row.label, result))
+                if prompts == row.prompts[0] and "adapter_bytes" in result:
+                    costs.append(cost(row.label, result))
+    if not costs:
+        return markdown(compare(runs, tables=[]))
+    head = "|  | trained parameters | adapter, MB | minutes | peak memory, GiB | loss of the last two quarters |"
+    return "\n".join([markdown(compare(runs, tables=[])), head, "| --- |" + " ---: |" * 5, *costs, ""])
+
+
+def cost(label: str, facts: Mapping[str, Any]) -> str:
+    return (
+        f"| {label} | {facts['trained_parameters']:,} | {facts['adapter_bytes'] / 1e6:.1f} "
+        f"| {facts['training_seconds'] / 60:.1f} | {facts['peak_memory_bytes'] / 2**30:.2f} "
+        f"| {facts['loss_of_third_quarter']:.3f}, {facts['loss_of_last_quarter']:.3f} |"
+    )
 
 
 if __name__ == "__main__":
