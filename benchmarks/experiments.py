@@ -151,13 +151,15 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="hippocampus, chaos or lgg")
     parser.add_argument("--work", type=Path, metavar="DIR", help="keep the runs there (default: thrown away)")
     parser.add_argument("--seeds", type=int, nargs="+", metavar="N", help="these alone (default: all of the table's)")
+    parser.add_argument("--rows", nargs="+", metavar="WORDS", help="only those whose name holds one of these")
     parser.set_defaults(out=None)
     options = parser.parse_args()
     rows = TABLES[options.table](options.data.name)
     out = options.out or HERE / "results" / f"{options.table}-{options.data.name}-{slug()}.json"
     found: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))["rows"] if out.is_file() else {}
     seeds = options.seeds or sorted({seed for row in rows for seed in row.seeds})
-    plan = [(row, seed) for seed in seeds for row in rows if seed in row.seeds]
+    chosen = [row for row in rows if not options.rows or any(words in row.label for words in options.rows)]
+    plan = [(row, seed) for seed in seeds for row in chosen if seed in row.seeds]
     for row, seed in progress([(row, seed) for row, seed in plan if place(row, seed) not in found], options.table):
         with ProcessPoolExecutor(1, get_context("spawn")) as alone:
             found |= alone.submit(scored, row, seed, options).result()
