@@ -58,7 +58,8 @@ def check_run(run: RunFolder, result: dict, method: str) -> None:
     assert run.report.is_file()
 
 
-HEAVY = ("transunet", "unetr", "swin-unetr")  # 25 to 106 million parameters
+# 19 to 106 million parameters, or what `unet-3d` shows already
+HEAVY = ("transunet", "unetr", "swin-unetr", "attention-unet-3d", "unetr-3d", "swin-unetr-3d", "segresnet-3d")
 
 
 @pytest.mark.parametrize("method", [pytest.param(m, marks=[pytest.mark.slow] * (m in HEAVY)) for m in TRAINED])
@@ -112,6 +113,9 @@ def test_what_a_method_was_made_for():
         ("cheap-lunch", {"empty_share": 0.1}, "--empty-share"),
         ("samed", {"empty_share": 1.1}, "--empty-share is 1.1"),
         ("unet", {"backbone": "lite-medsam"}, "--backbone lite-medsam: --method unet is a network of its own"),
+        ("unet-3d", {"depth": 1}, "--depth is 1; unet-3d sees several slices at once: --method unet sees one"),
+        ("unet-3d", {"real_share": 0.5}, "--backbone unet-3d learns from exemplars .*; give --real-share 1"),
+        ("unet-3d", {"synthetic_set": "set"}, "--backbone unet-3d learns from exemplars .*; leave out --synthetic-set"),
     ],
 )
 def test_settings_that_do_not_go_together(method, values, said):

@@ -7,6 +7,7 @@ import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ from cheaplunch.learner import Learner, start_processes
 from cheaplunch.material import pick_window, prepare
 from cheaplunch.models.lora import ADAPTER_FILE, save_adapter
 from cheaplunch.models.segmenter import Segmenter, build_segmenter, load_segmenter
-from cheaplunch.prediction import Predictor, carry_click, segment_with_oracle
+from cheaplunch.prediction import Predictor, carry_click, segment_auto, segment_with_oracle
 from cheaplunch.runs import RunFolder
 from cheaplunch.training import finetune
 from cheaplunch.work import draw_work
@@ -88,17 +89,26 @@ def named(path, rows):
     return path
 
 
+AS_IT_IS = {"rotation_deg": 0.0, "scale": 0.0, "shift": 0.0, "blur_px": 0.0, "intensity": 0.0}
+
+
 def test_an_exemplar_is_in_the_middle_of_those_around_it(settings, tmp_path):
     file = named(tmp_path / "exemplars.csv", [("case_0", 1), ("case_1", 3)])
-    material = prepare(settings(depth=5, exemplar_file=file))
+    material = prepare(settings(depth=5, exemplar_file=file, batch_size=6, **AS_IT_IS))
     size = material.config.model.image_size
-    assert material.slabs.shape == (2, 5, 1, size, size)
-    assert torch.equal(material.slabs[:, 2], material.pool.images)
     dataset = open_dataset(material.config.data.data)
     window = pick_window(material.config, dataset)
-    for slab, key, numbers in zip(material.slabs, material.exemplars, ([4, 0, 1, 2, 3], [1, 2, 3, 4, 5]), strict=True):
+    expected = {}  # place of the labelled slice → its slab; the first exemplar is next to its volume's end
+    for key, start, place in zip(material.exemplars, (0, 1), (1, 2), strict=True):
         case = load_case(next(case for case in dataset.cases if case.id == key.case_id), dataset, window)
-        assert torch.equal(slab, Frame(32, 32, size).to_model(torch.from_numpy(case.image[numbers])))
+        slab = Frame(32, 32, size).to_model(torch.from_numpy(case.image[start : start + 5]))
+        expected[place] = as_rgb(slab)
+    work = draw_work(material, 0, range(6))
+    assert work.slabs.shape == (6, 5, 3, size, size)
+    assert set(work.places.tolist()) == {1, 2}
+    for slab, place, image in zip(work.slabs, work.places.tolist(), work.images, strict=True):
+        torch.testing.assert_close(slab, expected[place], atol=1e-5, rtol=0)
+        assert torch.equal(slab[place], image)
     # Without depth the same slices are learned from, one by one.
     flat = prepare(settings(adapter_parts=PARTS[:3], exemplar_file=file, real_share=1.0))
     assert flat.slabs is None
@@ -110,22 +120,27 @@ def test_a_slab_is_transformed_as_its_middle_is_and_that_as_a_slice_on_its_own(s
     changes = {"augmentation": augmentation, "blur_px": 2.0, "batch_size": 4}
     material = prepare(settings(**changes))
     flat = prepare(settings(adapter_parts=PARTS[:3], real_share=1.0, **changes))
-    alike = replace(material, slabs=material.pool.images[:, None].expand(-1, 3, -1, -1, -1))
+    around = material.slabs
+    same_slices = {
+        key: around.rows[own] for key in around.rows for own in around.exemplars if own.case_id == key.case_id
+    }
+    alike = replace(material, slabs=replace(around, rows=same_slices))
     moved = 0
     for step in range(3):
         work, alone, same = (draw_work(each, step, range(4)) for each in (material, flat, alike))
         assert work.slabs.shape == (4, 3, *alone.images.shape[1:])
-        assert torch.equal(work.slabs[:, 1], work.images)
+        assert torch.equal(work.slabs[range(4), work.places], work.images)
         assert torch.equal(work.images, alone.images)
         assert torch.equal(work.targets, alone.targets)
         assert torch.equal(work.shown_px, alone.shown_px)
         assert all(torch.equal(same.slabs[:, place], alone.images) for place in range(3))
-        assert not torch.equal(work.slabs[:, 0], work.slabs[:, 1])
+        assert not torch.equal(work.slabs[:, 0], work.slabs[:, 2])
         assert torch.equal(work.seen, work.slabs) and torch.equal(alone.seen, alone.images)
         moved += not torch.isin(work.images.flatten(1).sum(1), material.pool.images.flatten(1).sum(1)).any()
     assert moved
     parts = list(work.parts(2))
     assert torch.equal(torch.cat([part.slabs for part in parts]), work.slabs)
+    assert torch.equal(torch.cat([part.places for part in parts]), work.places)
 
 
 def test_a_volume_of_too_few_slices_is_named(settings):
@@ -134,8 +149,9 @@ def test_a_volume_of_too_few_slices_is_named(settings):
     assert prepare(settings(depth=1)).slabs is None
 
 
-def test_pictures_are_learned_from_as_by_the_network_without_depth(settings, tmp_path):
-    rng, root = np.random.default_rng(0), tmp_path / "pictures"
+def pictures(root: Path) -> Path:
+    """A data set of four pictures of a disc."""
+    rng = np.random.default_rng(0)
     for folder, ending in (("imagesTr", "_0000"), ("labelsTr", "")):
         (root / folder).mkdir(parents=True)
         for number in range(4):
@@ -147,6 +163,11 @@ def test_pictures_are_learned_from_as_by_the_network_without_depth(settings, tmp
             Image.fromarray(picture).save(root / folder / f"p{number}{ending}.png")
     about = {"channel_names": {"0": "grey"}, "labels": {"background": 0, "disc": 1}, "file_ending": ".png"}
     (root / "dataset.json").write_text(json.dumps(about | {"numTraining": 4}))
+    return root
+
+
+def test_pictures_are_learned_from_as_by_the_network_without_depth(settings, tmp_path):
+    root = pictures(tmp_path / "pictures")
     losses = []
     for parts in (PARTS, PARTS[:3]):
         config = settings(data=root, adapter_parts=parts, real_share=1.0, training_prompts="point")
@@ -162,19 +183,22 @@ def test_pictures_are_learned_from_as_by_the_network_without_depth(settings, tmp
 
 
 @torch.no_grad()
-def test_the_middle_slice_is_embedded_and_the_order_of_the_others_makes_no_difference(segmenter):
+def test_one_slice_is_embedded_and_the_order_of_the_others_makes_no_difference(segmenter):
     side = segmenter.image_size_px
     slabs = torch.rand(2, 5, 3, side, side, generator=torch.Generator().manual_seed(2))
     shown_px = torch.tensor([[side, side - 8], [side - 16, side]])
-    whole, middle = segmenter.embed_slabs(slabs, shown_px), segmenter.embed(slabs, shown_px)
+    places = torch.tensor([2, 2])
+    whole, middle = segmenter.embed_slabs(slabs, shown_px), segmenter.embed(slabs, shown_px, places)
     assert torch.equal(whole[:, 2], middle)
+    assert torch.equal(segmenter.embed(slabs, shown_px, torch.tensor([4, 0])), whole[[0, 1], [4, 0]])
     order = [4, 0, 3, 1, 2]
     torch.testing.assert_close(segmenter.embed_slabs(slabs[:, order], shown_px), whole[:, order], atol=1e-3, rtol=0)
-    torch.testing.assert_close(segmenter.embed(slabs[:, [4, 0, 2, 3, 1]], shown_px), middle, atol=1e-3, rtol=0)
+    shuffled = segmenter.embed(slabs[:, [4, 0, 2, 3, 1]], shown_px, places)
+    torch.testing.assert_close(shuffled, middle, atol=1e-3, rtol=0)
     for place in (0, 1, 3, 4):  # every other slice is seen, and those of the other slab are not
         changed = slabs.clone()
         changed[0, place] = 1 - changed[0, place]
-        found = segmenter.embed(changed, shown_px)
+        found = segmenter.embed(changed, shown_px, places)
         assert (found[0] - middle[0]).abs().max() > 0.02
         torch.testing.assert_close(found[1], middle[1], atol=1e-3, rtol=0)
 
@@ -184,7 +208,7 @@ def test_slabs_of_one_slice_are_the_network_without_depth(settings, segmenter):
     flat = build_segmenter(settings(adapter_parts=PARTS[:3]).model)
     flat.load_state_dict({name: t for name, t in segmenter.state_dict().items() if not name.endswith("depth.gate")})
     images = torch.rand(3, 3, segmenter.image_size_px, segmenter.image_size_px)
-    assert torch.equal(segmenter.embed(images[:, None]), flat.eval().embed(images))
+    assert torch.equal(segmenter.embed_slabs(images[:, None])[:, 0], flat.eval().embed(images))
     assert torch.equal(segmenter.embed(images), flat.embed(images))
     assert build_segmenter(settings(depth=1).model).slab_slices == flat.slab_slices == 1
 
@@ -317,3 +341,111 @@ def test_from_the_command_line(tiny_dataset, tmp_path, capsys):
     for format_ in ("onnx", "safetensors"):
         assert main(["export", str(tmp_path / "run"), "--format", format_, "--out", str(tmp_path / "x")]) == 2
         assert "without adapters can be exported" in capsys.readouterr().err
+
+
+# ---- networks in 3-D
+
+
+def volumetric(data: Path, **changes) -> RunConfig:
+    values = {
+        "data": data,
+        "image_size": 32,
+        "exemplars": 2,
+        "steps": 2,
+        "warmup_steps": 0,
+        "device": "cpu",
+        "depth": 4,
+    }
+    return build_config("unet-3d", values | {"precision": "fp32", "checkpoint_every": 1} | changes)
+
+
+def test_a_labelled_slice_is_anywhere_in_its_slab_and_so_is_one_without_organs(tiny_dataset, tmp_path):
+    file = named(tmp_path / "exemplars.csv", [("case_0", 2), ("case_1", 3)])
+    config = volumetric(tiny_dataset, exemplar_file=file, batch_size=8, empty_share=0.5, **AS_IT_IS)
+    material = prepare(config)
+    dataset, volumes = open_dataset(tiny_dataset), {}
+    for case in dataset.cases:
+        loaded = load_case(case, dataset, pick_window(material.config, dataset))
+        volumes[case.id] = as_rgb(torch.from_numpy(loaded.image)), torch.from_numpy(loaded.label)
+    found = set()  # (case, slice, its place)
+    for step in range(10):
+        work = draw_work(material, step, range(8))
+        shown = (work.slabs, work.targets[:, 0], work.places.tolist(), work.images)
+        for slab, target, place, image in zip(*shown, strict=True):
+            assert torch.equal(slab[place], image)
+            [(id_, start)] = [
+                (id_, start)
+                for id_, (images, _) in volumes.items()
+                for start in range(3)
+                if torch.allclose(images[start : start + 4], slab, atol=1e-4)
+            ]
+            assert torch.equal(volumes[id_][1][start + place], target)
+            found.add((id_, start + place, place))
+    # Of six slices: the third can be at places 0 to 2, the fourth at 1 to 3, the first and the last at one alone.
+    assert {each for each in found if each[1] in (2, 3)} == {
+        *(("case_0", 2, place) for place in (0, 1, 2)),
+        *(("case_1", 3, place) for place in (1, 2, 3)),
+    }
+    assert {each[1:] for each in found if each[1] not in (2, 3)} == {(0, 0), (5, 3)}
+
+
+def test_the_last_slice_of_a_volume_that_is_too_short_is_repeated(tiny_dataset):
+    work = draw_work(prepare(volumetric(tiny_dataset, depth=8)), 0, range(2))
+    assert work.slabs.shape[1] == 8
+    assert torch.equal(work.slabs[:, 6:], work.slabs[:, 5:6].expand(-1, 2, -1, -1, -1))
+    assert not torch.equal(work.slabs[:, 4], work.slabs[:, 5])
+
+
+@torch.no_grad()
+def test_the_labelled_slice_alone_is_learned_from_and_all_slices_are_predicted(slices):
+    model = replace(volumetric(Path()).model, class_names=("disc", "block"))
+    segmenter = build_segmenter(model).eval()
+    slabs = torch.rand(2, 4, 3, 32, 32)
+    whole, some = segmenter.embed_slabs(slabs), segmenter.embed(slabs, None, torch.tensor([3, 1]))
+    assert whole.shape == (2, 4, 3, 32, 32)
+    assert torch.equal(some, whole[[0, 1], [3, 1]])
+    predictor = Predictor(segmenter)
+    framed = as_rgb(Frame(20, 32, 32).to_model(torch.from_numpy(slices)))
+    slabs = {start: segmenter.embed_slabs(framed[None, start : start + 4])[0] for start in (0, 2, 4)}
+    expected = {0: slabs[0][0], 3: (slabs[0][3] + 2 * slabs[2][1]) / 3, 7: slabs[4][3]}
+    for number, embedded in zip(expected, predictor.embed_each(slices, list(expected)), strict=True):
+        torch.testing.assert_close(predictor.classes(embedded), expected[number], atol=1e-4, rtol=0)
+    volume = Volume(slices[:1, 0][None], (1.0, 1.0, 1.0), Grid(Path("scan.png"), (20, 32)))
+    with pytest.raises(UserError, match=r"scan\.png has one slice, and this network sees volumes"):
+        segment_auto(predictor, CaseSlices(slices[:1], None, volume), [1, 2])
+
+
+def test_pictures_are_refused_by_a_network_of_volumes(tmp_path):
+    with pytest.raises(UserError, match=r"--method unet-3d sees volumes, and p\d has one slice; give --method unet$"):
+        prepare(volumetric(pictures(tmp_path / "pictures")))
+
+
+def test_a_network_of_volumes_from_the_command_line(tiny_dataset, tmp_path, capsys):
+    words = ["--method", "unet-3d", "--data", tiny_dataset, "--image-size", "32", "--depth", "4", "--exemplars", "2"]
+    words += ["--steps", "2", "--checkpoint-every", "1", "--device", "cpu", "--precision", "fp32", "--seed", "0"]
+    words += ["--validation-cases", "1", "--validate-every", "1"]
+    for dry in ([], ["--dry-run"]):
+        out = tmp_path / ("dry" if dry else "run")
+        assert main(["finetune", *map(str, words), "--out", str(out), *dry]) == 0
+    run = RunFolder(tmp_path / "run")
+    config = run.load_config()
+
+    def cut(done, total, record):
+        if done == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        finetune(config, tmp_path / "cut", progress=cut)
+    assert adapter_hash(finetune(config, tmp_path / "cut", resume=True)) == adapter_hash(run)
+    scored = ["evaluate", tmp_path / "run", "--data", tiny_dataset, "--out", tmp_path / "scores.json"]
+    assert main([*map(str, scored)]) == 0
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert (scores["prompts"], scores["method"], scores["n_cases"]) == ("auto", "unet-3d", 1)
+    scan = tiny_dataset / "imagesTr" / "case_0_0000.nii.gz"
+    assert main(["predict", str(tmp_path / "run"), str(scan), "--out", str(tmp_path / "masks")]) == 0
+    assert len([*(tmp_path / "masks").glob("*.nii.gz")]) == 1
+    (tmp_path / "pictures").mkdir()
+    picture = pictures(tmp_path / "pictures" / "set") / "imagesTr" / "p0_0000.png"
+    capsys.readouterr()
+    assert main(["predict", str(tmp_path / "run"), str(picture), "--out", str(tmp_path / "more")]) == 2
+    assert "p0_0000.png has one slice, and this network sees volumes" in capsys.readouterr().err

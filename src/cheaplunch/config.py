@@ -18,7 +18,7 @@ import yaml
 
 from cheaplunch.errors import UserError
 from cheaplunch.files import write_text
-from cheaplunch.methods import METHODS
+from cheaplunch.methods import METHODS, VOLUMETRIC
 from cheaplunch.prompting import PROMPT_WORDS, Prompting
 
 
@@ -97,7 +97,9 @@ class ModelConfig:
         "1, the default with it) among the slices around them",
     )
     depth: int = setting(
-        5, "slices in a slab, odd, with the adapter part depth (MSA: not stated); 1 is the network without it"
+        5,
+        "slices in a slab: with the adapter part depth an odd number, 1 being the network without it (MSA: not "
+        "stated); of a network named -3d any from 2 on, beyond 16 (swin-unetr-3d: 32) at the cost of its next multiple",
     )
     adapter_width: int = setting(64, "channels of an adapter's bottleneck (AdaptFormer's; MSA: not stated)")
     adapter_scale: float = setting(0.1, "s of the adapters beside an MLP (AdaptFormer's; MSA: not stated)")
@@ -338,21 +340,28 @@ def _check_model(model: ModelConfig) -> None:
 
 
 def _check_slabs(config: RunConfig) -> None:
-    if config.model.depth % 2 == 0:
-        raise UserError(f"--depth is {config.model.depth}; it must be odd: a slice, and as many before it as behind it")
+    depth, volumetric = config.model.depth, config.model.backbone in VOLUMETRIC
+    if volumetric and depth == 1:
+        flat = config.model.backbone.removesuffix("-3d")
+        raise UserError(f"--depth is 1; {config.model.backbone} sees several slices at once: --method {flat} sees one")
+    if not volumetric and depth % 2 == 0:
+        raise UserError(f"--depth is {depth}; it must be odd: a slice, and as many before it as behind it")
     if slab_slices(config.model) == 1:
         return
     for needed, missing in {
         "give --real-share 1": config.synthesis.real_share < 1,
-        "give --empty-share 0": config.training.empty_share > 0,
+        "give --empty-share 0": config.training.empty_share > 0 and not volumetric,
         "leave out --synthetic-set": config.synthesis.synthetic_set is not None,
     }.items():
         if missing:
-            raise UserError(f"--adapter-parts depth learns from exemplars among the slices around them; {needed}")
+            named = f"--backbone {config.model.backbone}" if volumetric else "--adapter-parts depth"
+            raise UserError(f"{named} learns from exemplars among the slices around them; {needed}")
 
 
 def slab_slices(model: ModelConfig) -> int:
-    """How many slices of a volume the network sees at once: 1 unless it has MSA's depth branch."""
+    """How many slices of a volume the network sees at once: 1 unless it has MSA's depth branch or is 3-D."""
+    if model.backbone in VOLUMETRIC:
+        return model.depth
     return model.depth if model.tuning == "adapter" and "depth" in model.adapter_parts else 1
 
 

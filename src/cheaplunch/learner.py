@@ -62,7 +62,7 @@ class Learner:
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.parallel):
                 # Not accelerate's autocast: its state is one a process, and a second run may want another precision.
                 with self._drawing(part.seed), autocast(self.device, self.precision):
-                    outputs = self.parallel(part.seen, part.prompts, part.shown_px)  # (B, P, O, S, S)
+                    outputs = self.parallel(part.seen, part.prompts, part.shown_px, part.places)  # (B, P, O, S, S)
                 loss = self.loss_of(outputs, part.targets, self.config.ce_weight, self.config.dice_weight)
                 loss = loss / len(parts)
                 self.scaler.scale(loss).backward()

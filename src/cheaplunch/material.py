@@ -5,9 +5,8 @@ from __future__ import annotations
 import csv
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cheaplunch.config import RunConfig, slab_slices
+from cheaplunch.config import RunConfig, SynthesisConfig, slab_slices
 from cheaplunch.data.cases import CaseSlices, load_case
 from cheaplunch.data.index import Progress, SliceIndex, in_order, index_slices
 from cheaplunch.data.layouts import Case, Dataset, open_dataset
@@ -31,7 +30,8 @@ from cheaplunch.exemplars import (
     require_every_class,
     write_exemplars,
 )
-from cheaplunch.models.depth import slab_around
+from cheaplunch.methods import VOLUMETRIC
+from cheaplunch.models.depth import slab_showing
 from cheaplunch.models.segmenter import training_size_px
 from cheaplunch.runtime import pick_device
 from cheaplunch.sample_sets import StoredSamples, open_samples, write_samples
@@ -39,13 +39,74 @@ from cheaplunch.synthesis import (
     Batch,
     Pool,
     derive_seed,
+    draw,
+    draw_empty,
     fill_foreground,
     left_right_pairs,
+    render,
     synthesize,
 )
 
 MAX_BACKGROUNDS = 64  # drawn at random where there are more: enough variety, bounded memory
 SMALL_IMAGE_PX = 96  # up to here the backbone's input is halved: enlarging further adds cost, not detail
+
+
+@dataclass(frozen=True, eq=False)
+class Slabs:
+    """The slices around those that are learned from, for a network that sees several at once."""
+
+    depth: int
+    """D, slices in a slab."""
+    anywhere: bool
+    """Whether the slice that is learned from has any place in its slab, drawn for each sample, or the middle."""
+    exemplars: list[SliceKey]
+    backgrounds: list[SliceKey]
+    counts: Mapping[str, int]
+    """Slices of each case."""
+    slices: Tensor
+    """(M, C, S, S), as exemplars are."""
+    rows: Mapping[SliceKey, int]
+    """Where in `slices` each is."""
+
+    def samples(
+        self, pool: Pool, indices: Sequence[int], config: SynthesisConfig, seed: int
+    ) -> tuple[Batch, list[int]]:
+        """Samples as `synthesize` makes them, but as slabs, (B, D · C, S, S), and the labelled slice's place in each.
+
+        All slices of a slab are made as the labelled one is: the draws are the same.
+        """
+        made = [self._sample(pool, index, config, seed) for index in indices]
+        parts = ([getattr(sample, name) for sample, _ in made] for name in ("images", "labels", "sizes"))
+        return Batch(*map(torch.cat, parts)), [place for _, place in made]
+
+    def _sample(self, pool: Pool, index: int, config: SynthesisConfig, seed: int) -> tuple[Batch, int]:
+        generator = torch.Generator().manual_seed(derive_seed(seed, "sample", index))
+        plan = draw(pool, config, generator)
+        slab, place = self._around(self.exemplars[plan.exemplar], generator)
+        own = slice(plan.exemplar, plan.exemplar + 1)
+        alone = replace(pool, labels=pool.labels[own], sizes=pool.sizes[own])
+        plan, images = replace(plan, exemplar=0), slab.to(pool.labels.device).split(1)
+        parts = [render(replace(alone, images=image), [plan], config) for image in images]
+        return replace(parts[place], images=torch.cat([part.images for part in parts], dim=1)), place
+
+    def empty(self, pool: Pool, config: SynthesisConfig, generator: torch.Generator) -> tuple[Tensor, Tensor, int]:
+        """A slice without organs among those around it, which may have some, as `draw_empty` transforms one.
+
+        → (D · C, S, S), its width and height (2,), and its place.
+        """
+        number = int(torch.randint(len(self.backgrounds), (1,), generator=generator))
+        slab, place = self._around(self.backgrounds[number], generator)
+        alone = replace(pool, background_sizes=pool.background_sizes[number : number + 1])
+        images = slab.to(pool.labels.device).split(1)
+        parts = [draw_empty(replace(alone, backgrounds=i), config, generator.clone_state())[0] for i in images]
+        return torch.cat(parts), alone.background_sizes[0], place
+
+    def _around(self, key: SliceKey, generator: torch.Generator) -> tuple[Tensor, int]:
+        """A slab (D, C, S, S) that shows the slice, and its place there; a short volume's last slice is repeated."""
+        place = int(torch.randint(self.depth, (1,), generator=generator)) if self.anywhere else self.depth // 2
+        numbers = slab_showing(key.slice_number, self.counts[key.case_id], self.depth, place)
+        rows = [self.rows[SliceKey(key.case_id, number)] for number in numbers]
+        return self.slices[rows + rows[-1:] * (self.depth - len(rows))], numbers.index(key.slice_number)
 
 
 @dataclass(frozen=True)
@@ -59,24 +120,13 @@ class Material:
     pool: Pool
     validation: list[Case]  # training cases that take no part in training
     stored: StoredSamples | None = None  # the set, where it is taken from the disk
-    slabs: Tensor | None = None  # (N, D, C, S, S): each exemplar in the middle of those around it, for a depth branch
+    slabs: Slabs | None = None  # for a network that sees several slices at once
 
     def samples(self, indices: Sequence[int]) -> Batch:
-        """Samples of the set by number: made as they are needed, or read where the set is on the disk.
-
-        Of slabs, (B, D · C, S, S), all slices are made as their middle one is: the draws are the same.
-        """
+        """Samples of the set by number: made as they are needed, or read where the set is on the disk."""
         if self.stored is not None:
             return self.stored.load(indices)
-        parts = [synthesize(pool, indices, self.config.synthesis, self.config.seed) for pool in self._pools]
-        return replace(parts[0], images=torch.cat([part.images for part in parts], dim=1))
-
-    @cached_property
-    def _pools(self) -> list[Pool]:
-        """The pool as it is at each place of a slab: that place's images, with the labels of the middle."""
-        if self.slabs is None:
-            return [self.pool]
-        return [replace(self.pool, images=images.to(self.pool.images.device)) for images in self.slabs.unbind(1)]
+        return synthesize(self.pool, indices, self.config.synthesis, self.config.seed)
 
     def load(self, case: Case) -> CaseSlices:
         """A case as the network is to see it."""
@@ -144,8 +194,9 @@ def prepare(config: RunConfig, progress: Progress | None = None) -> Material:
         free = [free[i] for i in sorted(rng.choice(len(free), MAX_BACKGROUNDS, replace=False))]
 
     window = pick_window(config, dataset)
-    around = _slabs(exemplars, index, config)
-    wanted = dict.fromkeys([*exemplars, *free, *(key for slab in around for key in slab)])
+    counts = Counter(area.case_id for area in index.slices)
+    around = _around([*exemplars, *(free if config.training.empty_share else [])], counts, config)
+    wanted = dict.fromkeys([*exemplars, *free, *around])
     slices = _load_slices(list(wanted), cases, dataset, window, config.data.axis)
     size = config.model.image_size or _image_size(config, [image for image, _ in slices.values()])
     numbers = list(dataset.labels.values())
@@ -166,7 +217,18 @@ def prepare(config: RunConfig, progress: Progress | None = None) -> Material:
     material = Material(resolved, dataset, index, exemplars, pool, split_validation(config, dataset)[1])
     if config.synthesis.synthetic_set is not None:
         material = replace(material, stored=_open_set(material))
-    return replace(material, slabs=_slabs_in_frame(around, slices, size)) if around else material
+    if not around:
+        return material
+    slabs = Slabs(
+        depth=slab_slices(config.model),
+        anywhere=config.model.backbone in VOLUMETRIC,
+        exemplars=exemplars,
+        backgrounds=free,
+        counts=counts,
+        slices=_images_in_frame(around, slices, size),
+        rows={key: row for row, key in enumerate(around)},
+    )
+    return replace(material, slabs=slabs)
 
 
 def write_set(material: Material, folder: Path, count: int, progress: Callable[[int, int], None] | None = None) -> None:
@@ -263,27 +325,39 @@ def _image_size(config: RunConfig, images: Iterable[np.ndarray]) -> int:
     return full // 2 if longest <= SMALL_IMAGE_PX else full
 
 
-def _slabs(exemplars: list[SliceKey], index: SliceIndex, config: RunConfig) -> list[list[SliceKey]]:
-    """The slices of each exemplar's slab; none without a depth branch, and none of pictures, which have no depth."""
-    depth, slices = slab_slices(config.model), Counter(area.case_id for area in index.slices)
-    if depth == 1 or all(slices[key.case_id] == 1 for key in exemplars):
+def _around(keys: list[SliceKey], counts: Mapping[str, int], config: RunConfig) -> list[SliceKey]:
+    """All that slabs with any of these slices can show; nothing where the network sees one slice at a time.
+
+    Nor of pictures where the network is SAM: they have no depth, and it does without.
+    """
+    depth, network = slab_slices(config.model), config.model.backbone
+    if depth == 1:
         return []
-    slabs = []
-    for case_id, number in ((key.case_id, key.slice_number) for key in exemplars):
-        if (count := slices[case_id]) < depth:
+    places = [0, depth - 1] if network in VOLUMETRIC else [depth // 2]
+    shown: dict[SliceKey, None] = {}
+    if network in VOLUMETRIC:
+        for case_id, count in counts.items():
+            if count == 1:
+                flat = network.removesuffix("-3d")
+                raise UserError(f"--method {network} sees volumes, and {case_id} has one slice; give --method {flat}")
+    elif all(counts[key.case_id] == 1 for key in keys):
+        return []
+    for case_id, number in ((key.case_id, key.slice_number) for key in keys):
+        count = counts[case_id]
+        if count < depth and network not in VOLUMETRIC:
             raise UserError(
                 f"--depth {depth}: {case_id} has {count} slices in all; give --depth {count - 1 + count % 2}, or other "
                 "exemplars (--exemplar-file)"
             )
-        slabs.append([SliceKey(case_id, around) for around in slab_around(number, count, depth)])
-    return slabs
+        ends = [slab_showing(number, count, depth, place) for place in places]
+        shown |= dict.fromkeys(SliceKey(case_id, beside) for beside in range(ends[-1].start, ends[0].stop))
+    return list(shown)
 
 
-def _slabs_in_frame(around: list[list[SliceKey]], slices: Slices, size: int) -> Tensor:
-    """(N, D, C, size, size): slabs as `_in_frame` has single slices."""
-    slabs = [np.stack([slices[key][0] for key in slab]) for slab in around]  # (D, C, H, W) each
-    frames = [Frame(slab.shape[-2], slab.shape[-1], size) for slab in slabs]
-    return torch.stack([f.to_model(torch.from_numpy(slab)) for f, slab in zip(frames, slabs, strict=True)])
+def _images_in_frame(keys: list[SliceKey], slices: Slices, size: int) -> Tensor:
+    """(M, C, size, size): as `_in_frame`, without the labels."""
+    images = [slices[key][0] for key in keys]
+    return torch.stack([Frame(i.shape[-2], i.shape[-1], size).to_model(torch.from_numpy(i)) for i in images])
 
 
 def _in_frame(keys: list[SliceKey], slices: Slices, size: int, numbers: list[int]) -> tuple[Tensor, Tensor, Tensor]:

@@ -41,6 +41,9 @@ def _plain(network: str) -> dict[str, Any]:
     }
 
 
+# The plain networks that see volumes → how many slices at once; Swin UNETR takes 32 or a multiple.
+VOLUMETRIC = {"unet-3d": 16, "attention-unet-3d": 16, "unetr-3d": 16, "swin-unetr-3d": 32, "segresnet-3d": 16}
+
 METHODS: dict[str, dict[str, Any]] = {
     "cheap-lunch": {},
     "zero-shot": {"tuning": "none"},
@@ -67,4 +70,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "swin-unetr": _plain("swin-unetr"),
     "segresnet": _plain("segresnet"),
     "transunet": _plain("transunet"),
+    # What is pasted is on one slice alone, so they learn from the exemplars as they are.
+    **{
+        name: {**_plain(name), "depth": slices, "batch_size": 2, "real_share": 1.0}
+        for name, slices in VOLUMETRIC.items()
+    },
 }

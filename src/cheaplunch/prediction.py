@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cheaplunch.data.cases import CaseSlices
 from cheaplunch.data.slices import Frame, as_rgb
+from cheaplunch.errors import UserError
 from cheaplunch.merging import Found, Segmentation, smooth_scores
 from cheaplunch.models.depth import embed_slice, slabs_a_slice
 from cheaplunch.models.segmenter import Segmenter
@@ -177,8 +178,11 @@ def segment_auto(
     """Every slice of a case, labelled or not, by a network of classes, whose outputs 1…K are called `numbers`.
 
     A pixel is what is likeliest there, the background among it. Slices of a volume steady each other as they do where
-    they are prompted: the logarithms of probabilities are averaged.
+    they are prompted: the logarithms of probabilities are averaged. Raises UserError for a single slice where the
+    network needs several.
     """
+    if predictor.segmenter.needs_volumes and len(case.image) == 1:
+        raise UserError(f"{case.volume.grid.path} has one slice, and this network sees volumes; take a 2-D one")
     (count, _, height, width), outputs = case.image.shape, (0, *numbers)
     frame, shape = Frame(height, width, predictor.segmenter.image_size_px), (count, height, width)
     label, probabilities = np.zeros(shape, np.uint8), np.zeros((len(keep), *shape), np.float16)

@@ -34,7 +34,9 @@ class Work:
     seed: int = 0
     """Of what the network itself draws: dropout."""
     slabs: Tensor | None = None
-    """(B, D, 3, S, S): the images, each in the middle of the slices around it, for a network with a depth branch."""
+    """(B, D, 3, S, S): the images, each among the slices around it, for a network that sees several at once."""
+    places: Tensor | None = None
+    """Of slabs, which slice of each the image is (B,)."""
 
     @property
     def seen(self) -> Tensor:
@@ -47,13 +49,13 @@ class Work:
         for start in range(0, len(self.images), size):
             some = slice(start, start + size)
             pictures = self.images[some], self.targets[some]
-            slabs = None if self.slabs is None else self.slabs[some]
-            yield Work(*pictures, self.prompts[some], self.shown_px[some], self.seed + start, slabs)
+            slabs, places = (None if t is None else t[some] for t in (self.slabs, self.places))
+            yield Work(*pictures, self.prompts[some], self.shown_px[some], self.seed + start, slabs, places)
 
     def to(self, device: torch.device) -> Work:
         images, targets, shown_px = (_send(t, device) for t in (self.images, self.targets, self.shown_px))
-        slabs = None if self.slabs is None else _send(self.slabs, device)
-        return Work(images, targets, self.prompts.to(device), shown_px, self.seed, slabs)
+        slabs, places = (None if t is None else _send(t, device) for t in (self.slabs, self.places))
+        return Work(images, targets, self.prompts.to(device), shown_px, self.seed, slabs, places)
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,15 +102,20 @@ def draw_work(material: Material, step: int, offsets: Sequence[int]) -> Work:
     """Images number `offsets` of the batch of `step`, with what each prompt asks for and where it points."""
     config, seed = material.config, material.config.seed
     number = [(step * config.training.batch_size + offset) % config.synthesis.synthetic for offset in offsets]
-    batch = _with_empty(material, material.samples(number), step, offsets)
+    if material.slabs is None:
+        batch, places = material.samples(number), [0] * len(number)
+    else:
+        batch, places = material.slabs.samples(material.pool, number, config.synthesis, seed)
+    _put_empty(material, batch, places, step, offsets)
     if config.training.augmentation == "samed":
         batch = augment(batch, [_generator(seed, "augmentation", step, offset) for offset in offsets])
     drawn = derive_seed(seed, "network", step, *offsets)
-    depth = 1 if material.slabs is None else material.slabs.shape[1]
+    depth = 1 if material.slabs is None else material.slabs.depth
     seen = as_rgb(batch.images.unflatten(1, (depth, -1)))  # (B, D, 3, S, S)
-    images, slabs = seen[:, depth // 2], seen if depth > 1 else None
+    images = seen[torch.arange(len(places)), places]
+    around = (seen, torch.tensor(places)) if depth > 1 else (None, None)
     if config.model.head == "classes":
-        return Work(images, batch.labels[:, None], Prompts(), batch.sizes, drawn, slabs)
+        return Work(images, batch.labels[:, None], Prompts(), batch.sizes, drawn, *around)
     targets, points = [], []
     for label, offset in zip(batch.labels.cpu(), offsets, strict=True):
         generator = _generator(seed, "prompts", step, offset)
@@ -116,7 +123,7 @@ def draw_work(material: Material, step: int, offsets: Sequence[int]) -> Work:
         points.append(training_points(targets[-1], generator, config.training.furthest_share))
     masks = torch.stack(targets)  # (B, P, S, S)
     prompts = _prompts(config, masks, torch.stack(points), batch.sizes, step, offsets)
-    return Work(images, masks, prompts, batch.sizes, drawn, slabs)
+    return Work(images, masks, prompts, batch.sizes, drawn, *around)
 
 
 def _prompts(
@@ -150,20 +157,22 @@ def draw_targets(label: Tensor, count: int, classes: int, generator: torch.Gener
     return label[None] == torch.cat(drawn)[:count, None, None]
 
 
-def _with_empty(material: Material, batch: Batch, step: int, offsets: Sequence[int]) -> Batch:
-    """The batch with slices without organs in the place of `empty_share` of its images.
+def _put_empty(material: Material, batch: Batch, places: list[int], step: int, offsets: Sequence[int]) -> None:
+    """Puts slices without organs in the place of `empty_share` of the batch's images.
 
     Filled-in exemplars, where no slice is free of organs, are none.
     """
-    share = material.config.training.empty_share
+    share, synthesis = material.config.training.empty_share, material.config.synthesis
     if not share or material.pool.backgrounds_filled:
-        return batch
-    for place, offset in enumerate(offsets):
+        return
+    for n, offset in enumerate(offsets):
         generator = _generator(material.config.seed, "empty", step, offset)
         if torch.rand(1, generator=generator).item() < share:
-            image, size = draw_empty(material.pool, material.config.synthesis, generator)
-            batch.images[place], batch.labels[place], batch.sizes[place] = image, 0, size
-    return batch
+            if material.slabs is None:
+                image, size = draw_empty(material.pool, synthesis, generator)
+            else:
+                image, size, places[n] = material.slabs.empty(material.pool, synthesis, generator)
+            batch.images[n], batch.labels[n], batch.sizes[n] = image, 0, size
 
 
 def _generator(*parts: object) -> torch.Generator:

@@ -9,10 +9,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from cheaplunch.errors import UserError
+from cheaplunch.methods import VOLUMETRIC
 from cheaplunch.models.baselines import BASELINES, Padded, build_baseline
 
-MONAIS = [name for name in BASELINES if name != "transunet"]
+FLAT = [name for name in BASELINES if name not in VOLUMETRIC]
+MONAIS = [name for name in FLAT if name != "transunet"]
 SIZE = 40  # a multiple of 8 and of nothing more: all are padded, but for SegResNet
+LARGE = ("unetr-3d", "swin-unetr-3d")
 
 # For nine outputs at 224 px, as MONAI builds them, batch norms and all; UNETR less its 12 unused norms of 2 × 768.
 PARAMETERS = {
@@ -22,10 +25,15 @@ PARAMETERS = {
     "swin-unetr": 25_139_667,
     "segresnet": 6_299_337,
     "transunet": 105_277_081,
+    "unet-3d": 5_751_369,
+    "attention-unet-3d": 5_910_113,
+    "unetr-3d": 99_079_385 - 12 * 2 * 768,
+    "swin-unetr-3d": 62_190_507,
+    "segresnet-3d": 18_797_961,
 }
 
 
-@pytest.fixture(scope="module", params=BASELINES)
+@pytest.fixture(scope="module", params=FLAT)
 def network(request):
     torch.manual_seed(0)
     return build_baseline(request.param, 2, SIZE)
@@ -79,7 +87,7 @@ def test_it_learns_an_image(without_dropout):
     assert right[0] < 0.9 and right[-1] >= 0.98, right
 
 
-@pytest.mark.parametrize("name", BASELINES)
+@pytest.mark.parametrize("name", FLAT)
 def test_sizes_and_parameters(name):
     for size in (32, 112, 224):
         # Shapes alone; MONAI's Swin computes with tensors while it is built.
@@ -93,7 +101,46 @@ def test_sizes_and_parameters(name):
 def test_padding_is_black_and_cropped_again():
     """A convolution sees zeros beyond its image anyway, so a margin of them changes nothing."""
     convolution, images = nn.Conv2d(3, 2, 3, padding=1), torch.rand(2, 3, 5, 5)
-    torch.testing.assert_close(Padded(convolution, 3)(images), convolution(images))
+    torch.testing.assert_close(Padded(convolution, (8, 8))(images), convolution(images))
+
+
+# ---- in 3-D
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in LARGE)) for n in VOLUMETRIC])
+def test_a_volume_is_answered_slice_by_slice_and_every_parameter_learns(name):
+    torch.manual_seed(0)
+    network = build_baseline(name, 2, 32, 5).eval()
+    for depth in (5, 2):  # a short volume is one slab
+        logits = network(torch.rand(2, 3, depth, 32, 32))
+        assert logits.shape == (2, 3, depth, 32, 32)
+        (logits[:, :, 1] * torch.randn_like(logits[:, :, 1])).sum().backward()
+    for label, parameter in network.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), label
+        assert parameter.grad.any() or label.endswith("bias"), label
+    assert not any(buffer.is_floating_point() for buffer in network.buffers())
+
+
+@pytest.mark.parametrize("name", VOLUMETRIC)
+def test_sizes_and_parameters_in_3d(name):
+    with nullcontext() if name == "swin-unetr-3d" else torch.device("meta"):
+        network = build_baseline(name, 8, 224, VOLUMETRIC[name]).to("meta")
+    assert network(torch.empty(1, 3, 16, 224, 224, device="meta")).shape == (1, 9, 16, 224, 224)
+    assert sum(p.numel() for p in network.parameters()) == PARAMETERS[name]
+
+
+@torch.no_grad()
+def test_a_slices_logits_follow_from_those_around_it_and_a_missing_slice_is_the_last_once_more():
+    torch.manual_seed(0)
+    network, slabs = build_baseline("unet-3d", 2, 32, 16).eval(), torch.rand(2, 3, 16, 32, 32)
+    whole = network(slabs)
+    changed = slabs.clone()
+    changed[0, :, 4] = 0
+    found = network(changed)
+    assert (found[0, :, 6] - whole[0, :, 6]).abs().max() > 1e-3
+    torch.testing.assert_close(found[1], whole[1])
+    slabs[:, :, 10:] = slabs[:, :, 9:10]
+    torch.testing.assert_close(network(slabs[:, :, :10]), network(slabs)[:, :, :10])
 
 
 @pytest.mark.parametrize("missing", ["monai.networks.nets", "einops"])

@@ -14,7 +14,7 @@ from cheaplunch.models.depth import (
     cut_slabs,
     embed_slice,
     encode_slabs,
-    slab_around,
+    slab_showing,
     slabs_a_slice,
 )
 from cheaplunch.models.sam import IMAGENET, Sam
@@ -262,14 +262,14 @@ def test_slabs_are_encoded_as_they_are_needed_and_in_order_each_once():
         assert encoded == cut_slabs(count, depth, overlap)
 
 
-def test_a_slice_is_in_the_middle_of_its_slab_and_at_an_end_of_the_volume_beside_its_first_or_last():
-    assert slab_around(4, 9, 5) == [2, 3, 4, 5, 6]
-    assert slab_around(2, 9, 5) == [0, 1, 2, 3, 4]
-    assert slab_around(0, 9, 5) == [3, 4, 0, 1, 2]
-    assert slab_around(8, 9, 5) == [6, 7, 8, 4, 5]
-    assert slab_around(7, 9, 5) == [5, 6, 7, 8, 4]
-    assert slab_around(1, 2, 5) == [0, 1]  # all there are
-    assert slab_around(3, 9, 1) == [3]
+def test_a_slice_is_at_its_place_in_a_slab_unless_the_volume_ends_before():
+    assert slab_showing(4, 9, 5, 2) == range(2, 7)
+    assert slab_showing(4, 9, 5, 0) == range(4, 9)
+    assert slab_showing(4, 9, 4, 3) == range(1, 5)
+    assert slab_showing(1, 9, 5, 2) == slab_showing(0, 9, 5, 4) == range(0, 5)
+    assert slab_showing(8, 9, 5, 2) == slab_showing(5, 9, 5, 0) == range(4, 9)
+    assert slab_showing(1, 2, 5, 2) == range(0, 2)  # all there are
+    assert slab_showing(3, 9, 1, 0) == range(3, 4)
 
 
 @torch.no_grad()

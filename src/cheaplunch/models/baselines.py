@@ -1,19 +1,22 @@
 """The standard networks that papers compare with, by name: one table of how each is built and after whom.
 
-They start at random, know no prompts and say all classes at once. All but TransUNet are MONAI's, in 2-D.
+They start at random, know no prompts and say all classes at once. All but TransUNet are MONAI's, in 2-D, and as NAME-3d
+in 3-D.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from types import ModuleType
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cheaplunch.errors import UserError
+from cheaplunch.methods import VOLUMETRIC
 from cheaplunch.models.transunet import TransUNet
 
 
@@ -22,22 +25,23 @@ class Baseline:
     """One network: how to build it, and whose it is."""
 
     name: str
-    build: Callable[[int, int], nn.Module]
-    """Outputs, side of the input in px → the network."""
+    build: Callable[[int, tuple[int, ...]], nn.Module]
+    """Outputs, shape of the input (S, S) or (D, S, S) → the network."""
     multiple_px: int
-    """Sides that it takes are multiples of this; other images are padded (`Padded`)."""
+    """Sides that it takes, and slices of a volume, are multiples of this; other images are padded (`Padded`)."""
     source: str
     """The paper."""
     settings: str
     """Whose they are, and what is otherwise than there, for reports."""
 
 
-def build_baseline(name: str, classes: int, image_size_px: int) -> nn.Module:
+def build_baseline(name: str, classes: int, image_size_px: int, slices: int = 1) -> nn.Module:
     """The network `name` for images (B, 3, S, S) in [0, 1] → logits (B, classes + 1, S, S), background first.
 
-    S is `image_size_px`, a multiple of 8 and at least 32. The weights are drawn from torch's global generator. No
-    network has batch norms (`_without_batch_statistics`): an image's logits are its own in training too, a batch may
-    be a single image, and the parameters are all there is to save.
+    S is `image_size_px`, a multiple of 8 and at least 32. A NAME-3d takes slabs of up to `slices` slices of a volume,
+    (B, 3, D, S, S) → (B, classes + 1, D, S, S). The weights are drawn from torch's global generator. No network has
+    batch norms (`_without_batch_statistics`): an image's logits are its own in training too, a batch may be a single
+    image, and the parameters are all there is to save.
 
     Raises UserError where the name is unknown, the size is not possible, or MONAI is not installed.
     """
@@ -46,34 +50,38 @@ def build_baseline(name: str, classes: int, image_size_px: int) -> nn.Module:
     if image_size_px < 32 or image_size_px % 8:
         raise UserError(f"--image-size {image_size_px}: {name} takes multiples of 8, at least 32; for example 224")
     baseline = BASELINES[name]
-    side = _padded_side(image_size_px, baseline.multiple_px)
+    cells = [-(-length // baseline.multiple_px) for length in (slices, image_size_px)]  # of the coarsest grid
+    side = max(2, cells[1]) * baseline.multiple_px  # instance norm must have more than one cell to measure
+    shape = (cells[0] * baseline.multiple_px, side, side) if name in VOLUMETRIC else (side, side)
     try:
-        network = baseline.build(classes + 1, side)
+        network = baseline.build(classes + 1, shape)
     except ImportError as error:
         raise UserError(
             f"--method {name} needs MONAI, which cannot be imported ({error}); `pip install cheaplunch[networks]`"
         ) from error
     _without_batch_statistics(network)
-    return network if side == image_size_px else Padded(network, side - image_size_px)
+    return network if shape == (image_size_px, image_size_px) else Padded(network, shape)
 
 
 class Padded(nn.Module):
-    """A network that takes only some sizes, with black to the right and below; its logits are cropped again."""
+    """A network that takes one size only, with what is missing to it; its logits are cropped again.
 
-    def __init__(self, network: nn.Module, margin_px: int):
+    To the right and below that is black, and behind a slab's last slice that slice, as often as it takes.
+    """
+
+    def __init__(self, network: nn.Module, shape: tuple[int, ...]):
+        """`shape`: (S, S) or (D, S, S), what the network takes."""
         super().__init__()
         self.network = network
-        self.margin_px = margin_px
+        self.shape = shape
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, S, S) → (B, O, S, S)."""
-        height, width = images.shape[2:]
-        return self.network(F.pad(images, (0, self.margin_px, 0, self.margin_px)))[:, :, :height, :width]
-
-
-def _padded_side(image_size_px: int, multiple_px: int) -> int:
-    """The next multiple, of two at least: a coarsest grid of one cell would leave instance norm nothing to measure."""
-    return max(2, -(-image_size_px // multiple_px)) * multiple_px
+        """(B, 3, S, S) → (B, O, S, S), or (B, 3, D, S, S) → (B, O, D, S, S)."""
+        *depth, height, width = images.shape[2:]
+        padded = F.pad(images, (0, self.shape[-1] - width, 0, self.shape[-2] - height))
+        if depth:
+            padded = torch.cat([padded, padded[:, :, -1:].expand(-1, -1, self.shape[0] - depth[0], -1, -1)], dim=2)
+        return self.network(padded)[..., *map(slice, depth), :height, :width]
 
 
 def _without_batch_statistics(network: nn.Module) -> None:
@@ -84,8 +92,9 @@ def _without_batch_statistics(network: nn.Module) -> None:
     """
     for module in network.modules():
         for name, child in module.named_children():
-            if isinstance(child, nn.BatchNorm2d):
-                setattr(module, name, nn.InstanceNorm2d(child.num_features, eps=child.eps, affine=True))
+            norm = {nn.BatchNorm2d: nn.InstanceNorm2d, nn.BatchNorm3d: nn.InstanceNorm3d}.get(type(child))
+            if norm is not None:
+                setattr(module, name, norm(child.num_features, eps=child.eps, affine=True))
 
 
 # --- how they are built ----------------------------------------------------------------------------------------------
@@ -97,29 +106,39 @@ def _monai() -> ModuleType:
     return import_module("monai.networks.nets")
 
 
-def _unet(outputs: int, side_px: int) -> nn.Module:
-    return _monai().BasicUNet(spatial_dims=2, in_channels=3, out_channels=outputs)
+def _unet(outputs: int, shape: tuple[int, ...]) -> nn.Module:
+    return _monai().BasicUNet(spatial_dims=len(shape), in_channels=3, out_channels=outputs)
 
 
-def _attention_unet(outputs: int, side_px: int) -> nn.Module:
+def _attention_unet(outputs: int, shape: tuple[int, ...]) -> nn.Module:
     return _monai().AttentionUnet(
-        spatial_dims=2, in_channels=3, out_channels=outputs, channels=(16, 32, 64, 128, 256), strides=(2, 2, 2, 2)
+        spatial_dims=len(shape),
+        in_channels=3,
+        out_channels=outputs,
+        channels=(16, 32, 64, 128, 256),
+        strides=(2, 2, 2, 2),
     )
 
 
-def _unetr(outputs: int, side_px: int) -> nn.Module:
-    network = _monai().UNETR(spatial_dims=2, in_channels=3, out_channels=outputs, img_size=side_px)
+def _unetr(outputs: int, shape: tuple[int, ...]) -> nn.Module:
+    network = _monai().UNETR(spatial_dims=len(shape), in_channels=3, out_channels=outputs, img_size=shape)
     for block in network.vit.blocks:  # MONAI's layers hold parts of a cross-attention that is never asked for
         block.norm_cross_attn = block.cross_attn = nn.Identity()
     return network
 
 
-def _swin_unetr(outputs: int, side_px: int) -> nn.Module:
-    return _monai().SwinUNETR(spatial_dims=2, in_channels=3, out_channels=outputs, feature_size=48)
+def _swin_unetr(outputs: int, shape: tuple[int, ...]) -> nn.Module:
+    return _monai().SwinUNETR(spatial_dims=len(shape), in_channels=3, out_channels=outputs, feature_size=48)
 
 
-def _segresnet(outputs: int, side_px: int) -> nn.Module:
-    return _monai().SegResNet(spatial_dims=2, in_channels=3, out_channels=outputs, init_filters=32, dropout_prob=0.2)
+def _segresnet(outputs: int, shape: tuple[int, ...]) -> nn.Module:
+    return _monai().SegResNet(
+        spatial_dims=len(shape), in_channels=3, out_channels=outputs, init_filters=32, dropout_prob=0.2
+    )
+
+
+def _transunet(outputs: int, shape: tuple[int, ...]) -> nn.Module:
+    return TransUNet(outputs, shape[-1])
 
 
 # --- the table -------------------------------------------------------------------------------------------------------
@@ -164,10 +183,11 @@ BASELINES = {
         ),
         Baseline(
             name="transunet",
-            build=TransUNet,
+            build=_transunet,
             multiple_px=16,
             source="Chen et al. 2021 (arXiv:2102.04306)",
             settings="the paper's R50-ViT-B_16, from random weights; instance norms for the decoder's batch norms",
         ),
     )
 }
+BASELINES |= {name: replace(BASELINES[name.removesuffix("-3d")], name=name) for name in VOLUMETRIC}

@@ -107,15 +107,13 @@ def cut_slabs(count: int, depth: int, overlap: int) -> list[range]:
     return [range(start, min(start + depth, count)) for start in starts]
 
 
-def slab_around(number: int, count: int, depth: int) -> list[int]:
-    """The slices of the slab that slice `number` of `count` is in the middle of, `depth` of them.
+def slab_showing(number: int, count: int, depth: int, place: int) -> range:
+    """The slab of `depth` slices that has slice `number` of `count` at its `place`, counted from 0, or near it.
 
-    At an end of the volume they are its first or last ones, in an order that puts the slice in the middle all the same:
-    the order makes no difference (`DepthBranch`). Where there are fewer slices than `depth`, they are all of them.
+    At an end of the volume it is the first or last slab. Where there are fewer slices than `depth`, it is all of them.
     """
-    size = min(depth, count)
-    first = min(max(number - size // 2, 0), count - size)
-    return [first + (number - first + place - size // 2) % size for place in range(size)]
+    first = min(max(number - place, 0), max(count - depth, 0))
+    return range(first, min(first + depth, count))
 
 
 def embed_slice(number: int, count: int, depth: int, overlap: int, encode: Callable[[range], Tensor]) -> Tensor:

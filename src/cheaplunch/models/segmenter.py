@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from cheaplunch.config import ModelConfig, slab_slices, training_prompting
 from cheaplunch.errors import UserError
+from cheaplunch.methods import VOLUMETRIC
 from cheaplunch.models.adapters import AdapterSettings, add_adapters
 from cheaplunch.models.backbones import get_backbone, load_backbone
 from cheaplunch.models.baselines import BASELINES, build_baseline
@@ -44,25 +45,25 @@ Asking = Callable[[Callable[[Prompts], Tensor]], Prompts]
 class Segmenter(nn.Module):
     """A network, adapted or not, that says one foreground logit per prompt, or without prompts one of each class.
 
-    `network` is a `Sam`, peft's wrapper of one, or a `PlainNetwork`.
+    `network` is a `Sam`, peft's wrapper of one, or a `PlainNetwork`, of which a `VolumeNetwork` is one.
     """
 
     def __init__(self, network: Sam | PeftModel | PlainNetwork, head: Head, image_size_px: int, slab_slices: int = 1):
-        """`slab_slices`: how many slices of a volume it was made to see at once; 1 without a depth branch."""
+        """`slab_slices`: how many slices of a volume it was made to see at once; 1 where it sees them one by one."""
         super().__init__()
         self.network = network
         self.head: Head = head
         self.image_size_px = image_size_px
         self.slab_slices = slab_slices
 
-    def embed(self, images: Tensor, shown_px: Tensor | None = None) -> Tensor:
+    def embed(self, images: Tensor, shown_px: Tensor | None = None, places: Tensor | None = None) -> Tensor:
         """(B, 3, S, S) in [0, 1] → (B, 256, S / stride, S / stride).
 
-        Of slabs (B, D, 3, S, S) it is the middle slice that is embedded, as one that has seen the others. `shown_px`
-        (B, 2) is each image's width and height in its square; see `Sam.encode` for what it does to padding.
+        Of slabs (B, D, 3, S, S) it is the slices at `places` (B,) that are embedded, as ones that have seen the others.
+        `shown_px` (B, 2) is each image's width and height in its square; see `Sam.encode` for what it does to padding.
         """
-        if images.ndim == 5:
-            return self.embed_slabs(images, shown_px)[:, images.shape[1] // 2]
+        if places is not None:
+            return self.embed_slabs(images, shown_px)[torch.arange(len(places), device=places.device), places]
         return self.network.encode(images, shown_px)
 
     def embed_slabs(self, slabs: Tensor, shown_px: Tensor | None = None) -> Tensor:
@@ -73,7 +74,14 @@ class Segmenter(nn.Module):
         if shown_px is not None:
             shown_px = shown_px[:, None].expand(-1, slabs.shape[1], -1)  # (B, D, 2)
         network: Any = self.network
+        if isinstance(network, VolumeNetwork):
+            return network.encode_slabs(slabs)
         return encode_slabs(network, slabs, shown_px)
+
+    @property
+    def needs_volumes(self) -> bool:
+        """Whether it can say nothing of a single slice."""
+        return isinstance(self.network, VolumeNetwork)
 
     def decode(self, embeddings: Tensor, prompts: Prompts) -> Tensor:
         """B embeddings and P prompts on each → (B, P, O, H, W) outputs in float32; O is 1 or 2.
@@ -95,9 +103,15 @@ class Segmenter(nn.Module):
             masks = best_mask(masks, quality)
         return masks.float()
 
-    def forward(self, images: Tensor, prompts: Prompts | Asking, shown_px: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        images: Tensor,
+        prompts: Prompts | Asking,
+        shown_px: Tensor | None = None,
+        places: Tensor | None = None,
+    ) -> Tensor:
         """`embed` and `decode`. `prompts` may also be a user who looks at answers before the one that counts."""
-        embeddings = self.embed(images, shown_px)
+        embeddings = self.embed(images, shown_px, places)
         if not isinstance(prompts, Prompts):
             with torch.no_grad():
                 prompts = prompts(lambda asked: self.foreground(embeddings, asked))
@@ -137,6 +151,17 @@ class PlainNetwork(nn.Module):
         raise UserError("--gradient-checkpointing is for SAM's encoders; --accumulate saves memory here")
 
 
+class VolumeNetwork(PlainNetwork):
+    """The same of a network that sees volumes, in slabs of slices; `body`: (B, 3, D, S, S) → (B, K + 1, D, S, S)."""
+
+    def encode(self, images: Tensor, shown_px: Tensor | None = None) -> Tensor:
+        raise ValueError("a network of volumes takes slabs of slices, not single ones")
+
+    def encode_slabs(self, slabs: Tensor) -> Tensor:
+        """(B, D, 3, S, S) in [0, 1] → (B, D, K + 1, S, S)."""
+        return self.body(slabs.movedim(1, 2)).movedim(2, 1)
+
+
 def training_size_px(backbone: str) -> int:
     """Side of the input to train at where nothing is said: the plain networks take what LiteMedSAM does."""
     return get_backbone("lite-medsam" if backbone in BASELINES else backbone).training_size_px
@@ -163,11 +188,12 @@ def _build_plain(config: ModelConfig, seed: int) -> Segmenter:
             f"--backbone {config.backbone} has no pretrained weights: it is trained in full, without prompts; "
             f"give --method {config.backbone} alone"
         )
-    size = config.image_size or training_size_px(config.backbone)
+    size, slices = config.image_size or training_size_px(config.backbone), slab_slices(config)
     with torch.random.fork_rng(devices=[]):  # torch.nn draws from the global generator
         torch.manual_seed(seed)
-        body = build_baseline(config.backbone, len(config.class_names or ()), size)
-    return Segmenter(PlainNetwork(body), "classes", size)
+        body = build_baseline(config.backbone, len(config.class_names or ()), size, slices)
+    kind = VolumeNetwork if config.backbone in VOLUMETRIC else PlainNetwork
+    return Segmenter(kind(body), "classes", size, slices)
 
 
 def _adapt(network: Sam, config: ModelConfig) -> Sam | PeftModel:
