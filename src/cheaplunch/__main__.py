@@ -141,6 +141,23 @@ def finetune(options: Namespace) -> None:
     print(f"next: cheaplunch evaluate {run.root} --data {config.data.data} --out {run.root / 'results.json'}")
 
 
+def pretrain(options: Namespace) -> None:
+    """Pretrain a backbone's encoder on images without labels and write weights for --weights (docs/pretrain.md)."""
+    from cheaplunch import runtime
+    from cheaplunch.models.objectives import read_objectives
+    from cheaplunch.pretraining import pretrain, summary
+
+    config, objectives = build_config("zero-shot", _given(options)), read_objectives(options.objective)
+    runtime.keep_freed_memory()
+    runtime.use_cores()
+    with _progress("reading") as read, _progress("pretraining", FIGURES) as tell:
+        folder = pretrain(config, objectives, options.out, options.resume, tell, read)
+    print(summary(folder))
+    print(f"weights: {folder.weights}")
+    chosen = f"--backbone {config.model.backbone} --weights {folder.weights}"
+    print(f"next: cheaplunch finetune {chosen} --data DIR --out RUN")
+
+
 def evaluate(options: Namespace) -> None:
     """Score a run, the weights as they are, or another tool's masks on the test cases; writes JSON and a table."""
     from cheaplunch.runs import RunFolder
@@ -366,6 +383,7 @@ VERBS: dict[str, typing.Callable[[Namespace], int | None]] = {
     "inspect": inspect,
     "pick": pick,
     "synthesize": synthesize,
+    "pretrain": pretrain,
     "finetune": finetune,
     "evaluate": evaluate,
     "predict": predict,
@@ -729,6 +747,27 @@ def build_parser() -> ArgumentParser:
     _add_settings(sub, [*drawn, "image_size", "seed", "device"])
     sub.add_argument("--count", type=int, default=100, metavar="M", help="samples to write (default: %(default)s)")
     sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to make")
+
+    sub = verb("pretrain")
+    sub.add_argument("--data", type=Path, required=True, metavar="DIR", help="folder with images; labels are not read")
+    sub.add_argument(
+        "--objective",
+        default="e-mix,shed,mae",
+        metavar="NAME[:WEIGHT],...",
+        help="what is learned: any of e-mix, shed, mae, equally or as in e-mix:1,shed:0.5 (default: %(default)s)",
+    )
+    _add_settings(sub, ["axis", "window", "backbone", "weights", "image_size"])
+    for flag, kind, default, what in (
+        ("--steps", int, 1000, "optimiser steps"),
+        ("--batch-size", int, 8, "slices a step"),
+        ("--learning-rate", float, 1e-4, "of AdamW, at its top"),
+        ("--weight-decay", float, 0.05, "of AdamW, on everything but biases and norms"),
+    ):
+        metavar = "N" if kind is int else "X"
+        sub.add_argument(flag, type=kind, default=default, metavar=metavar, help=f"{what} (default: %(default)s)")
+    _add_settings(sub, ["checkpoint_every", "seed", "device"])
+    sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to make")
+    sub.add_argument("--resume", action="store_true", help="continue DIR from its last checkpoint")
 
     sub = verb("finetune")
     sub.add_argument("--method", default="cheap-lunch", help=f"one of: {', '.join(METHODS)} (default: %(default)s)")
