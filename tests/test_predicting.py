@@ -168,12 +168,15 @@ def test_a_mistake_about_the_only_image_is_the_users(run, tiny_dataset, tmp_path
     image, twice = tiny_dataset / "imagesTr" / "case_0_0000.nii.gz", {"voxel": [[5, 5, 2], [9, 9, 2]]}
     damaged = tmp_path / "case_7.nii.gz"
     damaged.write_bytes(image.read_bytes()[:900])
+    (series := tmp_path / "series").mkdir()
+    (series / "IM1.dcm").write_bytes(bytes(128) + b"DICM")
     for given, asked, naming in (
         (image, [{"class": "disc", "voxel": [11, 140, 2]}], "p.json, entry 1: voxel [11.0, 140.0, 2.0] lies outside"),
         (image, [{"class": "disc", "box": twice}] * 2, "p.json, entry 2: its slice has a box of disc already"),
         (image, {"case_9": CLICKS}, "p.json is for case_9, and there is no such image; the input has: case_0"),
         (image, {"case_0": []}, "p.json has no prompts in it"),
         (damaged, CLICKS, "case_7.nii.gz is cut off or damaged"),
+        (series, CLICKS, "IM1.dcm is cut off or damaged"),
     ):
         assert predict(run, given, "--out", tmp_path / "masks", "--prompts", prompts(tmp_path / "p.json", asked)) == 2
         captured = capsys.readouterr()
@@ -206,7 +209,7 @@ def test_ctrl_c_leaves_whole_masks(run, tiny_dataset, tmp_path, monkeypatch, cap
         ("SET", "--prompts is missing: "),
         ("SET --prompts auto", "--prompts auto: "),
         ("SET --prompts nowhere.json", "nowhere.json: no such file"),
-        ("SET --prompts list.json", "entry 1 does not say which of 3 images it is for"),
+        ("SET --prompts list.json", "entry 1 does not say which of 3 images it is for (case_0, case_1, case_2)"),
         ("nowhere --prompts list.json", "nowhere: no such file or folder"),
         ("SET/imagesTr/case_0_0000.nii.gz --prompts lung.json", "entry 1: \"class\" is 'lung'; choose of: disc, block"),
         ("SET --out SET/masks --prompts list.json", "would pass for images"),

@@ -204,8 +204,8 @@ def assign(prompts: Mapping[str, Sequence[Mark]], images: Sequence[Image]) -> tu
     if ANY_IMAGE in prompts and len(images) != 1:
         source = next((mark.source for mark in prompts[ANY_IMAGE]), "the file of prompts")
         raise UserError(
-            f"{source} does not say which of {len(images)} images it is for; give one image, "
-            "or a folder with NAME.json or NAME.mrk.json for each"
+            f"{source} does not say which of {len(images)} images it is for ({_listed([i.name for i in images])}); "
+            "give one image, or a folder with NAME.json or NAME.mrk.json for each"
         )
     by_name, by_other = {image.name: image for image in images}, defaultdict(list)
     for image in images:
@@ -263,7 +263,9 @@ def predict(run: RunFolder, config: RunConfig, request: Request, progress: Progr
     model = open_model(run, config)
     prompts = None if file is None else read_prompts(file, model.labels)
     images, failed = find_images(request.inputs, model.channels, request.out)
-    assigned, unknown = ({}, []) if prompts is None else assign(prompts, images)
+    if not images and len(failed) == 1:
+        raise UserError(failed[0])  # there are no others to go on with
+    assigned, unknown = assign(prompts, images) if prompts is not None and images else ({}, [])
     if images and prompts is not None and not any(assigned.values()):
         raise UserError(_nothing_asked(f"--prompts {file}", unknown, images))
     outcome = Outcome(failed=failed, unknown=unknown)
@@ -308,8 +310,13 @@ def _nothing_asked(source: str, unknown: Sequence[str], images: Sequence[Image])
     """Why prompts that no image has any of are a mistake."""
     if not unknown:
         return f"{source} has no prompts in it; add clicks or boxes (docs/predict.md)"
-    theirs, ours = (", ".join(names[:3]) + ", …" * (len(names) > 3) for names in (unknown, [i.name for i in images]))
-    return f"{source} is for {theirs}, and there is no such image; the input has: {ours}"
+    ours = _listed([image.name for image in images])
+    return f"{source} is for {_listed(unknown)}, and there is no such image; the input has: {ours}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    """The first of them."""
+    return ", ".join(names[:3]) + ", …" * (len(names) > 3)
 
 
 def _segment(model: Model, case: OpenCase, marks: Sequence[Mark], propagate: bool) -> tuple[np.ndarray, dict[str, Any]]:

@@ -10,12 +10,9 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-import pydicom
 import pytest
 from fastapi.testclient import TestClient
 from PIL import Image as Picture
-from pydicom.dataset import FileMetaDataset
-from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
 from cheaplunch.__main__ import main
 from cheaplunch.data.slices import Window
@@ -174,34 +171,7 @@ def test_a_picture_is_one_slice(client, run, tmp_path):
     np.testing.assert_array_equal(np.asarray(Picture.open(tmp_path / "saved.png")), wanted)
 
 
-def save_series(folder: Path, array: np.ndarray) -> list[Path]:
-    """(k, rows, columns) uint16 as a CT series of 1 × 1 × 3 mm, files numbered from the top down."""
-    uids = {tag: generate_uid() for tag in ("SeriesInstanceUID", "StudyInstanceUID", "FrameOfReferenceUID")}
-    folder.mkdir()
-    for k, pixels in enumerate(array):
-        data = pydicom.Dataset()
-        data.file_meta = FileMetaDataset()
-        data.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-        data.file_meta.MediaStorageSOPClassUID = data.SOPClassUID = CTImageStorage
-        data.file_meta.MediaStorageSOPInstanceUID = data.SOPInstanceUID = generate_uid()
-        for tag, value in uids.items():
-            setattr(data, tag, value)
-        data.Modality, data.SeriesNumber, data.InstanceNumber, data.PatientName = "CT", 1, k + 1, "Doe^Jane"
-        for tag in ("PatientID", "PatientBirthDate", "PatientSex", "StudyID", "AccessionNumber", "StudyDate"):
-            setattr(data, tag, "")
-        for tag in ("StudyTime", "ReferringPhysicianName", "Manufacturer"):
-            setattr(data, tag, "")
-        data.ImagePositionPatient, data.ImageOrientationPatient = [0, 0, 3 * k], [1, 0, 0, 0, 1, 0]
-        data.PixelSpacing, data.SliceThickness = [1, 1], 3
-        data.Rows, data.Columns = pixels.shape
-        data.SamplesPerPixel, data.PhotometricInterpretation = 1, "MONOCHROME2"
-        data.BitsAllocated, data.BitsStored, data.HighBit, data.PixelRepresentation = 16, 16, 15, 0
-        data.PixelData = pixels.tobytes()
-        data.save_as(folder / f"IM{len(array) - k}", enforce_file_format=True)
-    return sorted(folder.iterdir())
-
-
-def test_a_dicom_series_comes_back_as_seg(client, run, tmp_path):
+def test_a_dicom_series_comes_back_as_seg(client, run, save_series, tmp_path):
     files = save_series(tmp_path / "ct", np.random.default_rng(2).integers(20, 220, (6, 24, 28)).astype(np.uint16))
     (tmp_path / "notes.txt").write_text("not an image")
     opened = send(client, *files, tmp_path / "notes.txt")

@@ -17,6 +17,7 @@ from nibabel.orientations import apply_orientation, inv_ornt_aff, ornt_transform
 from PIL import Image as Picture
 
 from cheaplunch.__main__ import main
+from cheaplunch.data.volume import read_label, read_volume
 from cheaplunch.serving.app import STATIC
 
 sync_api = pytest.importorskip("playwright.sync_api")
@@ -245,6 +246,101 @@ def drop(page, name: str, content: bytes) -> None:
         }""",
         [name, base64.b64encode(content).decode()],
     )
+
+
+@pytest.mark.parametrize("how", ["dropped", "chosen"])
+def test_a_dicom_folder_is_saved_as_the_seg_that_predict_writes(page, address, run, save_series, tmp_path, how):
+    noise = np.random.default_rng(5).normal(50, 8, (6, 32, 40))
+    noise[1:4, 6:15, 7:16] = 200  # a block that is bright
+    save_series(tmp_path / "study" / "t2", noise.astype(np.uint16))
+    (tmp_path / "study" / "README.TXT").write_text("from the scanner")
+    arrive(page, address)
+    if how == "dropped":
+        drop_from_disk(page, tmp_path / "study")
+    else:
+        page.locator("#folder").set_input_files(tmp_path / "study")
+    until(page, "cheaplunch.mask !== null")
+    assert page.title() == "t2 · cheaplunch"
+    assert page.locator("#formats button").all_inner_texts() == ["NIfTI", "NRRD", "DICOM SEG"]
+
+    click(page, [11, 10, 2])
+    page.keyboard.press("2")
+    click(page, [30, 22, 3])
+    page.keyboard.press("p")
+    settled(page)
+    shown = mask(page)
+    assert shown.shape == (40, 32, 6) and set(np.unique(shown)) == {0, 1, 2}
+    saved, prompts = download(page, "DICOM SEG", tmp_path), download(page, "Prompts", tmp_path)
+    assert (saved.name, prompts.name) == ("t2.dcm", "t2.json")
+
+    words = ["predict", run, tmp_path / "study", "--out", tmp_path / "out", "--prompts", prompts]
+    assert main([str(word) for word in words]) == 0
+    volume, names = read_volume([tmp_path / "study"]), {"disc": 1, "block": 2}
+    wanted = read_label(tmp_path / "out" / "t2.dcm", volume, names)  # (Z, Y, X)
+    assert np.array_equal(read_label(saved, volume, names), wanted)
+    assert np.array_equal(shown.transpose(2, 1, 0), wanted)
+
+
+def drop_from_disk(page, path: Path) -> None:
+    """As from a file manager: the browser itself opens the folder."""
+    devtools = page.context.new_cdp_session(page)
+    data = {"items": [], "files": [str(path)], "dragOperationsMask": 1}
+    for kind in ("dragEnter", "dragOver", "drop"):
+        devtools.send("Input.dispatchDragEvent", {"type": kind, "x": 300, "y": 300, "data": data})
+
+
+def test_a_grey_picture_is_drawn_as_it_is(page, address):
+    """Dark to the left, bright to the right, with a bright square in the upper left corner."""
+    picture = np.full((40, 60), 30, np.uint8)
+    picture[:, 30:], picture[:10, :10] = 180, 240
+    arrive(page, address)
+    drop(page, "scan.png", png(picture))
+    until(page, "cheaplunch.mask !== null")
+    settled(page)
+    page.get_by_role("button", name="All values").click()
+    settled(page)
+    corner, left, right = (drawn(page, pixel).mean() for pixel in ([5, 5, 0], [15, 30, 0], [45, 10, 0]))
+    assert corner > 240 and left < 15 and abs(right - 182) < 8  # 30 is black, 240 white
+    assert page.locator("#formats button").all_inner_texts() == ["Mask"]
+
+
+@pytest.mark.slow
+def test_a_picture_in_colour_is_drawn_in_its_colours(page, tmp_path):
+    noise = np.random.default_rng(3)
+    quarters = np.zeros((40, 60, 3), np.uint8)
+    quarters[:20, :30], quarters[:20, 30:], quarters[20:, :30] = (200, 40, 40), (30, 180, 60), (40, 60, 210)
+    for folder in ("images", "masks"):
+        (tmp_path / "data" / folder).mkdir(parents=True)
+    for name in ("a.png", "b.png", "c.png", "d.png", "e.png"):
+        shades = (quarters * noise.uniform(0.8, 1)).astype(np.uint8)
+        Picture.fromarray(shades).save(tmp_path / "data" / "images" / name)
+        red = np.where(shades[..., 0] > 100, 255, 0).astype(np.uint8)
+        Picture.fromarray(red).save(tmp_path / "data" / "masks" / name)
+    run = finetune(tmp_path / "data", tmp_path / "run")
+    with serving(run) as address:
+        page.goto(address)
+        page.get_by_role("button", name="Choose files…").wait_for()
+        drop(page, "quarters.png", png(quarters))
+        until(page, "cheaplunch.mask !== null")
+        settled(page)
+        assert not page.locator("#windowing").is_visible()  # colours have no window
+        for x, y in ((8, 6), (50, 6), (8, 33), (50, 33)):
+            assert np.abs(drawn(page, [x, y, 0]) - quarters[y, x]).max() <= 3
+        click(page, [8, 6, 0])
+        assert page.evaluate("cheaplunch.prompts")[0]["voxel"] == [8, 6, 0]
+        assert mask(page).shape == (60, 40, 1) and mask(page).any()
+
+
+def png(picture: np.ndarray) -> bytes:
+    packed = BytesIO()
+    Picture.fromarray(picture).save(packed, "png")
+    return packed.getvalue()
+
+
+def drawn(page, voxel: list[int]) -> np.ndarray:
+    """(3,) the colour on the screen of a voxel of the slice that is shown."""
+    x, y = (int(n) for n in page.evaluate("voxel => cheaplunch.clientOf(voxel)", voxel))
+    return colours(page)[y, x]
 
 
 def test_an_answer_that_comes_late_does_not_replace_a_newer_one(page, address):

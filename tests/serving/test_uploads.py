@@ -140,6 +140,11 @@ def test_dicom_files_are_taken_one_series_at_a_time(tmp_path):
     stored = store([("ct/I1", io.BytesIO(first)), ("ct/I2", io.BytesIO(second))], folder, LIMIT)
     assert (stored.name, stored.given) == ("ct", {"00000.dcm": "I1", "00001.dcm": "I2"})
     assert read_volume(stored.sources).array.shape == (1, 2, 4, 4)
+    report = pydicom.dcmread(tmp_path / "a")
+    report.Modality = "SR"
+    report.save_as(tmp_path / "report")
+    along = [("study/ct/I1", io.BytesIO(first)), ("study/R1", io.BytesIO((tmp_path / "report").read_bytes()))]
+    assert store(along, folder, LIMIT).name == "ct"  # the folder of its images
     other = dicom(tmp_path / "c", ExplicitVRLittleEndian, series="1.2.4")
     with pytest.raises(UserError, match="^2 DICOM series were sent"):
         store([("I1", io.BytesIO(first)), ("I2", io.BytesIO(other))], folder, LIMIT)

@@ -21,7 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cheaplunch.errors import UserError
 
-UPLOADS = ("/api/open", "/session", "/datastore", "/infer")
+UPLOADS = ("/api/open", "/session", "/datastore", "/infer", "/nninteractive")
 """Paths under which files may be sent."""
 _JSON_BYTES = 4 * 2**20  # of a request elsewhere; thousands of prompts
 _LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")

@@ -30,8 +30,7 @@ from cheaplunch.data.volume import NOWHERE, Volume
 from cheaplunch.errors import UserError
 from cheaplunch.figures import class_colours
 from cheaplunch.interactive import Mark
-from cheaplunch.models.backbones import get_backbone
-from cheaplunch.serving import monailabel, uploads
+from cheaplunch.serving import monailabel, nninteractive, uploads
 from cheaplunch.serving.access import Access, Guard, refuse
 from cheaplunch.serving.opened import (
     Busy,
@@ -71,6 +70,7 @@ def build_app(served: Served, access: Access, labels: Path) -> FastAPI:
     )
     app.include_router(router(served))
     app.include_router(monailabel.router(served, labels, access.token))
+    app.include_router(nninteractive.router(served))
     app.mount("/static", StaticFiles(directory=STATIC))
     app.add_api_route("/", lambda: FileResponse(STATIC / "index.html"), include_in_schema=False)
     app.add_middleware(Guard, access=access, upload_bytes=served.limits.upload_bytes)
@@ -230,7 +230,6 @@ def _about(served: Served) -> dict[str, Any]:
     loaded = served.current
     model, of_network = loaded.model, loaded.config.model
     colours = [to_hex(colour) for colour in class_colours(len(model.labels))]
-    backbone_boxes = get_backbone(of_network.backbone).prompts == "boxes only"
     return {
         "method": loaded.config.method,
         "backbone": of_network.backbone,
@@ -239,7 +238,7 @@ def _about(served: Served) -> dict[str, Any]:
             for (name, number), colour in zip(model.labels.items(), colours, strict=True)
         ],
         "prompted": model.prompted,
-        "boxes_only": of_network.training_prompts == "box" or (of_network.tuning == "none" and backbone_boxes),
+        "boxes_only": loaded.boxes_only,
         "axis": model.axis,
         "channels": model.channels,
         "cases": served.data is not None,

@@ -30,6 +30,7 @@ from cheaplunch.data.volume import Grid, Volume, read_grid, read_volume, write_m
 from cheaplunch.errors import UserError
 from cheaplunch.interactive import AnswerCache, EmbeddingCache, Mark, Model, OpenCase, open_model, quality_of
 from cheaplunch.merging import slice_weights
+from cheaplunch.models.backbones import get_backbone
 from cheaplunch.predicting import Image, find_images
 from cheaplunch.runs import RunFolder
 from cheaplunch.serving.scratch import own_folder
@@ -64,6 +65,13 @@ class Loaded:
     run: RunFolder
     config: RunConfig
     model: Model
+
+    @property
+    def boxes_only(self) -> bool:
+        """Whether the network knows no points."""
+        network = self.config.model
+        untaught = network.tuning == "none" and get_backbone(network.backbone).prompts == "boxes only"
+        return untaught or network.training_prompts == "box"
 
 
 def load(run: RunFolder, config: RunConfig) -> Loaded:

@@ -76,8 +76,13 @@ def store(files: Sequence[tuple[str, BinaryIO]], folder: Path, limit_bytes: int)
                 _copy(content, folder / ours)
                 _check_dicom(folder / ours)
             if len(series := find_series(folder)) > 1:
-                raise UserError(f"{len(series)} DICOM series were sent; send the files of one")
-        return Stored((folder,), series_name([name for name, _ in slices]), given)
+                raise UserError(
+                    f"{len(series)} DICOM series were sent; send the files of one, "
+                    "or start the server with --data FOLDER, which lists each"
+                )
+        own = {path.name for one in series for path in one.files}  # a SEG, say, may have come along
+        names = [name for ours, (name, _) in zip(given, slices, strict=True) if ours in own]
+        return Stored((folder,), series_name(names), given)
     if len(files) != 1:
         raise UserError(f"{len(files)} files were sent, none of DICOM; send one image: {KINDS}")
     [(name, content)], [kind] = files, kinds

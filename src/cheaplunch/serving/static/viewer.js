@@ -94,6 +94,7 @@ export class Viewer {
     this.clear();
     await this.nv.loadFromArrayBuffer(buffer, "image.nii.gz");
     this.image = this.nv.volumes[0];
+    this.range = rangeOf(this.image.img);
     this.main = AXES[axis];
     this.grid = new Grid(this.image.permRAS, [1, 2, 3].map((n) => this.image.hdr.dims[n]));
     this.nv.createEmptyDrawing();
@@ -220,11 +221,6 @@ export class Viewer {
 
   get isColor() {
     return this.image.hdr.datatypeCode === 128 || this.image.hdr.datatypeCode === 2304; // NIfTI's RGB24, RGBA32
-  }
-
-  /** Of the image's values the least and the greatest. */
-  get range() {
-    return [this.image.global_min, this.image.global_max];
   }
 
   /** What is drawn black and white. */
@@ -411,6 +407,16 @@ export class Viewer {
     if (this.draft) box(this.draft.from, this.draft.to, this.draft.color, "box draft");
     return drawn;
   }
+}
+
+/** The least and the greatest of an image's values. NiiVue's own are those of the image's middle. */
+function rangeOf(values) {
+  let [least, greatest] = [Infinity, -Infinity];
+  for (let n = 0; n < values.length; n++) {
+    if (values[n] < least) least = values[n];
+    if (values[n] > greatest) greatest = values[n];
+  }
+  return [least, greatest];
 }
 
 function make(name, attributes, children = []) {
