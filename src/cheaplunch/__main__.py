@@ -877,7 +877,7 @@ def build_parser() -> ArgumentParser:
     for flag, count, what in (
         ("--max-upload-mb", 1024, "MiB that may be sent at a time"),
         ("--max-open", 64, "images open at a time, before the one unused longest is closed"),
-        ("--memory-mb", 4096, "MiB for all open images; 1536 more at most are embeddings and answers"),
+        ("--memory-mb", 4096, "MiB for all open images; 1152 more at most are embeddings and answers"),
     ):
         sub.add_argument(flag, type=int, default=count, metavar="N", help=f"{what} (default: %(default)s)")
     _add_settings(sub, ["weights", "device", "precision", "smooth_mm"])

@@ -168,7 +168,7 @@ class Limits:
     """Of all that are open, in memory."""
     cache_bytes: int = 2**30
     """Of embeddings, those of 256 slices at LiteMedSAM's 256 px."""
-    answer_bytes: int = 2**29
+    answer_bytes: int = 2**27
     """Of answers that are kept, so that a further click costs only itself."""
     idle_s: float = 3600
     """Images unused for so long are closed."""
