@@ -11,13 +11,13 @@ import pickle
 import shutil
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from torch import Tensor, nn
 
 from cheaplunch.errors import UserError
-from cheaplunch.files import whole_or_nothing
+from cheaplunch.files import whole_or_nothing, write_text
 
 KEPT = 2  # the newest could be damaged by a failing disk; the one before it is the way back
 
@@ -33,10 +33,16 @@ class Checkpoints:
     def save(self, step: int, state: State) -> None:
         """Writes the state after `step` steps and drops all but the last `KEPT`.
 
-        Raises OSError or RuntimeError where it does not fit; then the earlier ones stand as they were.
+        Raises UserError where it does not fit; then the earlier ones stand as they were.
         """
-        with whole_or_nothing(self.folder / f"step-{step:06d}.pt") as unfinished:
-            torch.save(state | {"step": step}, unfinished)
+        try:
+            with whole_or_nothing(self.folder / f"step-{step:06d}.pt") as unfinished:
+                torch.save(state | {"step": step}, unfinished)
+        except (OSError, RuntimeError) as error:  # torch.save says RuntimeError where a write fails
+            raise UserError(
+                f"--out {self.folder.parent}: the checkpoint of step {step} could not be written ({error}); "
+                "the one before it stands: make room and go on with --resume"
+            ) from error
         for old in self._files()[:-KEPT]:
             old.unlink()
 
@@ -90,3 +96,10 @@ def require_space(folder: Path, module: nn.Module) -> int:
             "free; make room or give a folder on another disk"
         )
     return needed
+
+
+def open_log(path: Path, steps: int) -> TextIO:
+    """metrics.jsonl, open to go on after `steps` lines: what was done after the checkpoint is done again."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)[:steps] if steps else []
+    write_text("".join(lines), path)
+    return path.open("a", encoding="utf-8")

@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from cheaplunch.checkpoints import Checkpoints, require_space, restore_tensors, trained_tensors
+from cheaplunch.checkpoints import Checkpoints, open_log, require_space, restore_tensors, trained_tensors
 from cheaplunch.config import RunConfig, as_values
 from cheaplunch.data.cases import load_case
 from cheaplunch.data.index import in_order
@@ -30,7 +30,7 @@ from cheaplunch.data.layouts import Case, Dataset, open_dataset
 from cheaplunch.data.slices import Frame, as_rgb
 from cheaplunch.data.volume import read_grid
 from cheaplunch.errors import Stopped, UserError
-from cheaplunch.files import clear_unfinished, whole_or_nothing, write_json, write_text
+from cheaplunch.files import clear_unfinished, whole_or_nothing, write_json
 from cheaplunch.learner import build_optimizer, learning_rate
 from cheaplunch.material import SMALL_IMAGE_PX, pick_window
 from cheaplunch.models.backbones import get_backbone, load_backbone
@@ -235,11 +235,8 @@ def train(
     else:
         first, before = int(saved["step"]), saved["before"]
         learner.restore(saved, folder.checkpoint)
-    # What was done after the checkpoint is done again.
-    lines = folder.metrics.read_text(encoding="utf-8").splitlines(keepends=True)[:first] if first else []
-    write_text("".join(lines), folder.metrics)
     started = time.perf_counter()
-    with folder.metrics.open("a", encoding="utf-8") as log, asked_to_stop() as stop:
+    with open_log(folder.metrics, first) as log, asked_to_stop() as stop:
         for step in range(first, config.steps):
             rng = np.random.default_rng(derive_seed(seed, "slices", step))
             drawn = rng.choice(seen, config.batch_size, replace=len(seen) < config.batch_size)
@@ -263,13 +260,7 @@ def train(
             if progress is not None:
                 progress(done, config.steps, record)
             if (stop() or done % config.checkpoint_every == 0) and done < config.steps:
-                try:
-                    checkpoints.save(done, learner.state() | {"before": before})
-                except (OSError, RuntimeError) as error:  # torch.save says RuntimeError where a write fails
-                    raise UserError(
-                        f"--out {folder.root}: the checkpoint of step {done} could not be written ({error}); make room "
-                        "and go on with --resume"
-                    ) from error
+                checkpoints.save(done, learner.state() | {"before": before})
                 if stop():
                     raise Stopped(
                         f"stopped after step {done}, which is saved; --resume with --out {folder.root} goes on"

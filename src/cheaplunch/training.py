@@ -23,12 +23,12 @@ import torch
 from accelerate import Accelerator
 
 from cheaplunch import processes
-from cheaplunch.checkpoints import Checkpoints, require_space, restore_tensors, trained_tensors
+from cheaplunch.checkpoints import Checkpoints, open_log, require_space, restore_tensors, trained_tensors
 from cheaplunch.config import RunConfig, TrainingConfig, as_values, prompts_for, save_config
 from cheaplunch.errors import Stopped, UserError
 from cheaplunch.exemplars import write_exemplars
 from cheaplunch.figures import batch_sheet, synthesis_sheet
-from cheaplunch.files import clear_unfinished, write_json, write_text
+from cheaplunch.files import clear_unfinished, write_json
 from cheaplunch.learner import Learner, learning_rate, start_processes
 from cheaplunch.material import Material, prepare, preview
 from cheaplunch.models.lora import save_adapter
@@ -109,7 +109,7 @@ def train(learner: Learner, material: Material, run: RunFolder, progress: Progre
     first, best = int(saved["step"]), saved["best"]
     if first:
         learner.restore(saved, run.checkpoint)
-    log = _open_log(run.metrics, first) if accelerator.is_main_process else contextlib.nullcontext()
+    log = open_log(run.metrics, first) if accelerator.is_main_process else contextlib.nullcontext()
     if config.tracker != "none":
         named = {"name": run.root.name}
         kinds = {"wandb": {"dir": str(run.root), **named}, "trackio": named}
@@ -147,7 +147,7 @@ def train(learner: Learner, material: Material, run: RunFolder, progress: Progre
             leaving = _any(stop(), learner)
             if (leaving or done % config.checkpoint_every == 0) and done < config.steps:
                 if accelerator.is_main_process:
-                    _save(checkpoints, done, learner.state() | {"best": best})
+                    checkpoints.save(done, learner.state() | {"best": best})
                 if leaving:
                     raise Stopped(f"stopped after step {done}, which is saved; --resume with --out {run.root} goes on")
             if best is not None and config.patience and done - best["step"] >= config.patience * config.validate_every:
@@ -230,16 +230,6 @@ def _any(mine: bool, learner: Learner) -> bool:
     return bool(learner.accelerator.reduce(torch.tensor(float(mine), device=learner.device)))
 
 
-def _save(checkpoints: Checkpoints, step: int, state: dict[str, Any]) -> None:
-    try:
-        checkpoints.save(step, state)
-    except (OSError, RuntimeError) as error:  # torch.save says RuntimeError where a write fails
-        raise UserError(
-            f"--out {checkpoints.folder.parent}: the checkpoint of step {step} could not be written ({error}); "
-            "the one before it stands: make room and go on with --resume"
-        ) from error
-
-
 def _check_same(config: RunConfig, run: RunFolder, prepared: bool = True) -> None:
     """Raises UserError for a setting that is another than the run's; before `prepare` not for what it finds out."""
     before, asked = as_values(run.load_config()), as_values(config)
@@ -249,13 +239,6 @@ def _check_same(config: RunConfig, run: RunFolder, prepared: bool = True) -> Non
     for name, value in asked.items():
         if before[name] != value and name not in unknown | {"data"}:
             raise UserError(f"--resume: {name} was {before[name]} in {run.root}; give the same settings or a new --out")
-
-
-def _open_log(path: Path, steps: int) -> Any:
-    """metrics.jsonl, open to go on after `steps` lines: what was done after the checkpoint is done again."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)[:steps] if steps else []
-    write_text("".join(lines), path)
-    return path.open("a", encoding="utf-8")
 
 
 def _not_finite(loss: float, step: int, work: Work, run: RunFolder, config: TrainingConfig) -> str:
