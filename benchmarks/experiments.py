@@ -10,6 +10,9 @@ longer         the rows with the fewest exemplars again, with three times the st
 methods        every method on the same few exemplars and on all training slices: all of them on hippocampus, six on the
                others. SAM's learn from as many images at the same input size, a step being four where the method says
                so; the plain networks have a budget of their own, to their plateau. Prompted and automatic stay apart.
+msa            Medical SAM Adapter part by part on hippocampus beside LoRA, asked with one, three and five clicks, the
+               first at random; on other data the parts together. All learn from whole exemplars, as the depth branch
+               has to. Rows called "pretrained" start from --pretrained, made of the same data by `cheaplunch pretrain`.
 
 Every row is fine-tuned and scored on the test cases in a process of its own, so that its peak of memory is its own, and
 written, case by case, as soon as it is done; rows that the JSON holds are not done again. The table, made by `compare`,
@@ -52,6 +55,7 @@ THREE = (0, 1, 2)  # seeds
 AS_THEY_ARE = {"real_share": 1.0, "rotation_deg": 0, "scale": 0, "shift": 0, "blur_px": 0, "intensity": 0}
 
 MILD = {"intensity": 0.05, "blur_px": 0.3}
+PRETRAINED = "--pretrained"  # in place of the weights that this flag names
 
 
 @dataclass(frozen=True)
@@ -112,6 +116,7 @@ def targets(dataset: str) -> list[Trained]:
 
 
 FURTHEST, BOX, AUTO = Prompting(), Prompting("box"), Prompting("auto")
+FIVE = (Prompting("clicks", 5),)
 PROMPTED = {  # and how each is asked: as it was trained
     "cheap-lunch": (FURTHEST,),
     "medsam": (BOX,),
@@ -121,13 +126,14 @@ PROMPTED = {  # and how each is asked: as it was trained
 }
 PROMPT_FREE = ("samed", "samed-s", "linear-probe")
 PLAIN = {"unet": 2000, "attention-unet": 2000, "segresnet": 1000, "unetr": 600, "swin-unetr": 600, "transunet": 600}
+PLAIN_3D = {"unet-3d": 300, "attention-unet-3d": 300, "segresnet-3d": 200, "unetr-3d": 200, "swin-unetr-3d": 150}
 TELLING = ("cheap-lunch", "medsam", "msa", "samed", "unet", "attention-unet")
 CONTROLS = ("samed-s", "linear-probe", "decoder-only", "lora-encoder-only")  # with few exemplars alone
 
 
 def methods(dataset: str) -> list[Trained]:
     """Few exemplars first. The plain networks see hippocampus at about its own resolution, as nnU-Net would."""
-    names = (*PROMPTED, *PROMPT_FREE, *PLAIN) if dataset == "hippocampus" else TELLING
+    names = (*PROMPTED, *PROMPT_FREE, *PLAIN, *PLAIN_3D) if dataset == "hippocampus" else TELLING
     exemplars = {"hippocampus": 9, "chaos": 5, "lgg": 9}[dataset]
     rows = [Trained("untuned", "zero-shot", {"image_size": 112}, prompts=(FURTHEST, Prompting("clicks", 10), BOX))]
     for said, data in {f"{exemplars} exemplars": {"exemplars": exemplars}, "full set": METHODS["full-set"]}.items():
@@ -135,23 +141,58 @@ def methods(dataset: str) -> list[Trained]:
             if name in CONTROLS and said == "full set":
                 continue
             steps, size = 300, 112
-            if name in PLAIN:
-                steps, size = PLAIN[name], 64 if dataset == "hippocampus" else 112
+            if name in PLAIN or name in PLAIN_3D:
+                steps, size = (PLAIN | PLAIN_3D)[name], 64 if dataset == "hippocampus" else 112
             settings = {"steps": steps, "warmup_steps": steps // 10, "image_size": size, **data}
             rows.append(Trained(f"{name}, {said}", name, settings, prompts=PROMPTED.get(name, (AUTO,))))
     return rows
 
 
-TABLES = {"few-exemplars": few_exemplars, "mild": mild, "longer": longer, "targets": targets, "methods": methods}
+def msa(dataset: str) -> list[Trained]:
+    """Part by part on hippocampus; three seeds for the first and the last of the parts."""
+    exemplars = {"hippocampus": 9, "chaos": 5, "lgg": 9, "hc18": 9}[dataset]
+    common = {"steps": 300, "warmup_steps": 30, "image_size": 112, "exemplars": exemplars, "real_share": 1.0}
+    parts = ["encoder", "decoder", "prompt", "depth"]
+    deep = {"adapter_parts": parts, "depth": 3}
+    rows = {
+        "LoRA": {},
+        "no adapter": {"adapter_parts": []},
+        "encoder": {"adapter_parts": parts[:1]},
+        "encoder, decoder": {"adapter_parts": parts[:2]},
+        "encoder, decoder, prompt": {"adapter_parts": parts[:3]},
+        "encoder, decoder, prompt, depth": deep,
+        "these and the embeddings of prompts": {**deep, "adapter_prompts": True},
+        "no adapter, pretrained": {"adapter_parts": [], "weights": PRETRAINED},
+        "encoder, decoder, prompt, pretrained": {"adapter_parts": parts[:3], "weights": PRETRAINED},
+    }
+    if dataset != "hippocampus":
+        two = ("encoder, decoder, prompt", "encoder, decoder, prompt, depth")
+        rows = {name: rows[name] for name in ("LoRA", *two[: 1 if dataset in ("hc18", "lgg") else 2])}
+    seeds = {name: THREE for name in ("no adapter", "encoder, decoder, prompt, depth") if dataset == "hippocampus"}
+    return [
+        Trained(name, "cheap-lunch" if name == "LoRA" else "msa", common | way, seeds.get(name, (0,)), FIVE)
+        for name, way in rows.items()
+    ]
+
+
+TABLES = {
+    "few-exemplars": few_exemplars,
+    "mild": mild,
+    "longer": longer,
+    "targets": targets,
+    "methods": methods,
+    "msa": msa,
+}
 
 
 def main() -> None:
     parser = arguments(__file__, __doc__)
     parser.add_argument("table", choices=TABLES)
-    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="hippocampus, chaos or lgg")
+    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="hippocampus, chaos, lgg or hc18")
     parser.add_argument("--work", type=Path, metavar="DIR", help="keep the runs there (default: thrown away)")
     parser.add_argument("--seeds", type=int, nargs="+", metavar="N", help="these alone (default: all of the table's)")
     parser.add_argument("--rows", nargs="+", metavar="WORDS", help="only those whose name holds one of these")
+    parser.add_argument(PRETRAINED, type=Path, metavar="FILE", help="weights of the rows that are called so")
     parser.set_defaults(out=None)
     options = parser.parse_args()
     rows = TABLES[options.table](options.data.name)
@@ -159,6 +200,8 @@ def main() -> None:
     found: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))["rows"] if out.is_file() else {}
     seeds = options.seeds or sorted({seed for row in rows for seed in row.seeds})
     chosen = [row for row in rows if not options.rows or any(words in row.label for words in options.rows)]
+    if not options.pretrained:
+        chosen = [row for row in chosen if row.settings.get("weights") != PRETRAINED]
     plan = [(row, seed) for seed in seeds for row in chosen if seed in row.seeds]
     for row, seed in progress([(row, seed) for row, seed in plan if place(row, seed) not in found], options.table):
         with ProcessPoolExecutor(1, get_context("spawn")) as alone:
@@ -178,7 +221,10 @@ def scored(row: Trained, seed: int, options: Namespace) -> dict[str, dict[str, A
     """The evaluations of a model trained now, by their keys, with what its training took."""
     runtime.keep_freed_memory()
     runtime.use_cores()
-    config = build_config(row.method, {**row.settings, "data": options.data, "seed": seed})
+    settings = {**row.settings, "data": options.data, "seed": seed}
+    if settings.get("weights") == PRETRAINED:
+        settings["weights"] = options.pretrained
+    config = build_config(row.method, settings)
     device = runtime.pick_device(config.device)
     precision = runtime.pick_precision(config.training.precision, device)
     with tempfile.TemporaryDirectory() as scratch:
@@ -233,7 +279,7 @@ def write(out: Path, options: Namespace, found: Mapping[str, Any]) -> None:
 
 def table(rows: list[Trained], found: Mapping[str, Any]) -> str:
     """By `compare`; a row of which some seeds are there is the mean of those. Below it what training took."""
-    runs, costs = [], []
+    runs, costs, clicks = [], [], []
     for row in rows:
         for prompts in row.prompts:
             keys = [place(row, seed, prompts) for seed in row.seeds]
@@ -243,10 +289,25 @@ def table(rows: list[Trained], found: Mapping[str, Any]) -> str:
                 runs.append(Run(row.label, row.label, result))
                 if prompts == row.prompts[0] and "adapter_bytes" in result:
                     costs.append(cost(row.label, result))
-    if not costs:
-        return markdown(compare(runs, tables=[]))
-    head = "|  | trained parameters | adapter, MB | minutes | peak memory, GiB | loss of the last two quarters |"
-    return "\n".join([markdown(compare(runs, tables=[])), head, "| --- |" + " ---: |" * 5, *costs, ""])
+                if prompts in FIVE:
+                    clicks.append(by_clicks(row.label, list(there.values())))
+    parts = [markdown(compare(runs, tables=[]))]
+    if clicks:
+        parts += ["| mean Dice after | 1 click | 3 clicks | 5 clicks |", "| --- |" + " ---: |" * 3, *clicks, ""]
+    if costs:
+        head = "|  | trained parameters | adapter, MB | minutes | peak memory, GiB | loss of the last two quarters |"
+        parts += [head, "| --- |" + " ---: |" * 5, *costs, ""]
+    return "\n".join(parts)
+
+
+def by_clicks(label: str, seeds: list[Mapping[str, Any]]) -> str:
+    """The mean over seeds after one, three and five clicks, with the seeds' standard deviation."""
+    cells = []
+    for count in ("1", "3", "5"):
+        dice = [result["by_clicks"][count] for result in seeds]
+        spread = f" ± {statistics.stdev(dice):.3f}" if len(dice) > 1 else ""
+        cells.append(f"{statistics.fmean(dice):.3f}{spread}")
+    return f"| {label} | {' | '.join(cells)} |"
 
 
 def cost(label: str, facts: Mapping[str, Any]) -> str:
