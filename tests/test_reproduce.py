@@ -3,25 +3,28 @@
 import csv
 import hashlib
 import json
+import shutil
 import signal
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import h5py
 import nibabel as nib
 import numpy as np
 import pytest
+from PIL import Image
 
 from cheaplunch.__main__ import main
-from cheaplunch.config import METHODS, load_config
-from cheaplunch.data.dataset import split_by_patient
+from cheaplunch.config import METHODS, load_config, slab_slices
+from cheaplunch.data.dataset import make_dataset, split_by_patient
 from cheaplunch.data.layouts import open_dataset
 from cheaplunch.data.recipes import SYNAPSE
-from cheaplunch.errors import Stopped
+from cheaplunch.errors import Stopped, UserError
 from cheaplunch.learner import Learner
 from cheaplunch.models.lora import ADAPTER_FILE
 from cheaplunch.models.segmenter import build_segmenter, load_segmenter
-from cheaplunch.reproduction import beside_published, check_data, experiments, find_experiments, plan_jobs, run_jobs
+from cheaplunch.reproduction import beside_published, experiments, find_experiments, plan_jobs, rows_on, run_jobs
 from cheaplunch.runs import RunFolder
 from cheaplunch.scoring import Assessment, assess
 from cheaplunch.training import finetune
@@ -111,8 +114,8 @@ def test_every_row_that_is_offered_runs(tables, trained, scored, request, tmp_pa
     name = "brats" if "1" in tables else "synapse"
     data = request.getfixturevalue(name)
     rows = find_experiments(",".join(f"cheap-lunch:{number}" for number in tables.split(",")))
+    assert rows_on(rows, open_dataset(data)) == rows
     jobs = plan_jobs(rows, tmp_path, SMALL | {"data": data})
-    check_data(rows, open_dataset(data).scored, data)
     told = []
     assert run_jobs(jobs, "these", *of(data), told.append) == {}
     assert len(jobs) == scored
@@ -145,6 +148,210 @@ def test_every_row_that_is_offered_runs(tables, trained, scored, request, tmp_pa
             chosen = [line["case"] for line in csv.DictReader(runs[f"synapse-ours-{count}"].exemplars.open())]
             assert len({case.partition("_slice")[0] for case in chosen}) == min(count, 18)
             assert sum(case.endswith("_slice002") for case in chosen) == min(count, 18)  # the one with all organs
+
+
+# ---- Medical SAM Adapter's tables
+
+
+def save(path: Path, values: np.ndarray) -> None:
+    """A volume (i, j, k) or a picture, by the ending of its name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if ".nii" in path.name:
+        nib.save(nib.Nifti1Image(values, np.eye(4)), path)
+    else:
+        Image.fromarray(values).save(path)
+
+
+def disc(shape: tuple[int, int], row: float, column: float, radius: float) -> np.ndarray:
+    y, x = np.mgrid[: shape[0], : shape[1]]
+    return np.hypot(y - row, x - column) <= radius
+
+
+def volume(classes: int, moved: int) -> tuple[np.ndarray, np.ndarray]:
+    """Image (60, 60, 6) int16 and label uint8: a block a class on all slices but the first and the last."""
+    label = np.zeros((60, 60, 6), np.uint8)
+    for number, (row, column) in zip(range(1, classes + 1), product(range(4), range(4)), strict=False):
+        label[2 + 15 * row : 12 + 15 * row + moved, 2 + 15 * column : 13 + 15 * column, 1:-1] = number
+    noise = np.random.default_rng(moved).normal(0, 5, label.shape)
+    return (label * 15.0 + noise).astype(np.int16), label
+
+
+def picture(moved: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A photograph (80, 80, 3) of a disc with a cup, and the two as masks (80, 80) bool."""
+    whole, cup = (disc((80, 80), 38 + moved, 40, radius) for radius in (30, 14))
+    photograph = np.where(whole, 130, 60) + np.where(cup, 80, 0)
+    return np.repeat(photograph[..., None], 3, axis=2).astype(np.uint8), whole, cup
+
+
+def write_amos(root: Path) -> None:
+    for side, number in (("Tr", 1), ("Tr", 2), ("Va", 3)):
+        for folder, array in zip(("images", "labels"), volume(15, number % 3), strict=True):
+            save(root / f"{folder}{side}" / f"amos_000{number}.nii.gz", array)
+
+
+def write_btcv(root: Path) -> None:
+    for number in (1, 5, 6):  # the first tests
+        for folder, array in zip(("img", "label"), volume(13, number % 3), strict=True):
+            save(root / folder / f"{folder}000{number}.nii.gz", array)
+
+
+def write_brats(root: Path) -> None:
+    for number in range(3):
+        image, label = volume(1, number)
+        for kind, array in (("flair", image), ("seg", label * np.uint8(4))):
+            save(root / f"BraTS2021_0000{number}" / f"BraTS2021_0000{number}_{kind}.nii.gz", array)
+
+
+def write_refuge(root: Path) -> None:
+    for number, name in enumerate(("g0001", "n0001", "T0001")):
+        photograph, whole, cup = picture(number)
+        save(root / f"{name}.jpg", photograph)
+        save(root / "Disc_Cup_Masks" / f"{name}.bmp", np.select([cup, whole], [0, 128], 255).astype(np.uint8))
+
+
+def write_riga(root: Path) -> None:
+    for number, place in enumerate(("MESSIDOR", "BinRushed/BinRushed2", "Magrabia/MagrabiFemale")):
+        photograph, *masks = picture(number)
+        lines = np.any([mask & ~np.roll(mask, 1, 0) | mask & ~np.roll(mask, 1, 1) for mask in masks], axis=0)
+        lines |= np.any([mask & ~np.roll(mask, -1, 0) | mask & ~np.roll(mask, -1, 1) for mask in masks], axis=0)
+        save(root / place / "image1prime.tif", photograph)
+        for expert in range(1, 4):
+            save(root / place / f"image1-{expert}.tif", np.where(lines[..., None], 0, photograph).astype(np.uint8))
+
+
+def write_tn_scui(root: Path) -> None:
+    for number in range(3):
+        photograph, _, nodule = picture(number)
+        save(root / "TNSCUI2020_train" / "image" / f"{number}.PNG", photograph[..., 0])
+        save(root / "TNSCUI2020_train" / "mask" / f"{number}.PNG", nodule.astype(np.uint8) * 255)
+
+
+def write_ddti(root: Path) -> None:
+    points = ", ".join(f'{{"x": {x}, "y": {y}}}' for x, y in ((20, 20), (50, 20), (50, 50), (20, 50)))
+    svg = f'[{{"points": [{points}]}}]'
+    for number in range(1, 4):
+        save(root / f"{number}_1.jpg", picture(number)[0][..., 0])
+        mark = f"<mark><image>1</image><svg>{svg}</svg></mark>"
+        (root / f"{number}.xml").write_text(f"<case><number>{number}</number>{mark}</case>")
+
+
+def write_isic(root: Path) -> None:
+    for number, side in enumerate(("Training", "Training", "Test")):
+        photograph, lesion, _ = picture(number)
+        save(root / f"ISIC2018_Task1-2_{side}_Input" / f"ISIC_000000{number}.jpg", photograph)
+        mask = root / f"ISIC2018_Task1_{side}_GroundTruth" / f"ISIC_000000{number}_segmentation.png"
+        save(mask, lesion.astype(np.uint8) * 255)
+
+
+WRITERS = {
+    "amos": write_amos,
+    "btcv": write_btcv,
+    "brats": write_brats,
+    "refuge": write_refuge,
+    "riga": write_riga,
+    "tn-scui": write_tn_scui,
+    "ddti": write_ddti,
+    "isic": write_isic,
+}
+MSA_ROWS = [row for number in (1, 2, 3) for row in experiments()[f"msa:{number}"] if row.offered]
+# One of each experiment, the networks of 25 to 105 million parameters apart, and each data set once.
+QUICK = {"amos-sam-1", "amos-medsam", "amos-msa", "btcv-sam-10", "brats-msa", "refuge-msa", "riga-sam-3"}
+QUICK |= {"tn-scui-msa", "ddti-sam-1", "isic-sam-1"}
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """Short name → the data set's folder, as its owners have it, with one test case."""
+    root = tmp_path_factory.mktemp("published")
+    for name, write in WRITERS.items():
+        write(root / name)
+    return lambda name: root / name
+
+
+@pytest.mark.parametrize(
+    "row", [pytest.param(r, id=r.run, marks=[pytest.mark.slow] * (r.run not in QUICK)) for r in MSA_ROWS]
+)
+def test_every_row_of_msa_that_is_offered_runs(row, published, tmp_path):
+    data = published(row.data)
+    [row] = rows_on([row], open_dataset(data))
+    jobs = plan_jobs([row], tmp_path, SMALL | {"data": data})
+    told = []
+    assert run_jobs(jobs, "these", *of(data), told.append) == {}
+    [job] = jobs
+    asked = str(row.prompting).replace(":", "-")
+    assert job.result.name == f"{row.run}-{asked}.json"
+    found = json.loads(job.result.read_text())
+    assert (found["protocol"], found["prompts"]) == ("msa", str(row.prompting))
+    assert (found["method"], found["n_cases"]) == (row.method, 1)
+    targets = {"amos": 15, "btcv": 12}.get(row.data, 1)
+    assert len(found["classes"]) == targets and found["mean"]["dice"] is not None and found["mean"]["hd95"] is None
+    strict = json.loads(job.result.with_suffix(".strict.json").read_text())
+    assert strict["protocol"] == "strict" and strict["mean"]["hd95"] is not None
+    if row.method == "zero-shot":
+        assert job.run is None
+        return
+    assert len(job.run.metrics.read_text().splitlines()) == 2
+    made = load_config(job.run.config)
+    assert made.method == row.method and made.data.strategy == "all"
+    volumes = row.data in ("amos", "btcv", "brats")
+    assert made.data.exemplars == (2 * 4 if volumes else 2)  # every training slice with a target
+    assert (slab_slices(made.model) > 1) == (volumes and row.method != "transunet" and row.method != "medsam")
+    assert made.data.classes == (("cup",) if row.data in ("refuge", "riga") else None)
+    shutil.rmtree(tmp_path)  # up to 400 MB
+
+
+def test_a_table_on_several_data_sets_in_one_folder(published, tmp_path, capsys):
+    out = tmp_path / "out"
+    for data, names in (("refuge", ("refuge-sam-1", "refuge-sam-3", "nnunet")), ("isic", ("isic-sam-1",))):
+        assert reproduce(published(data), out, "--rows", *names, table="msa:3") == 0
+    told = capsys.readouterr().out
+    assert "msa:3/nnunet: left out, the method nnunet is not offered: it runs in an environment of its own" in told
+    assert "[1/2] msa:3/refuge-sam-1: evaluating, oracle prompts: " in told
+    refuge, isic = (json.loads((out / "results" / f"{d}-sam-1-clicks-1.json").read_text()) for d in ("refuge", "isic"))
+    assert list(refuge["classes"]) == ["cup"]
+    with (out / "msa-3.csv").open() as file:
+        lines = {line["row"]: line for line in csv.DictReader(file)}
+    labels = [label for label in lines if label.startswith("SAM, 1")]
+    assert labels == [
+        *(f"SAM, 1 points: {what}" for what in ("here, refuge", "here, isic", "paper")),
+        *(f"SAM, 1 points: here − paper, {data}" for data in ("refuge", "isic")),
+    ]
+    cup, lesion = "Optic-Cup Dice [msa:3]", "Lesion Dice [msa:3]"
+    assert float(lines["SAM, 1 points: here, refuge"][cup]) == pytest.approx(refuge["mean"]["dice"])
+    assert float(lines["SAM, 1 points: here, isic"][lesion]) == pytest.approx(isic["mean"]["dice"])
+    assert not lines["SAM, 1 points: here, isic"][cup] and not lines["MSA: paper"][lesion]
+    assert float(lines["MSA: paper"][cup]) == 0.868
+    text = (out / "msa-3.md").read_text()
+    assert "Here: REFUGE, 1 test cases; ISIC lesion segmentation, 1 test cases." in text
+    assert "Not run here: the method mtseg is not offered: it is made for thyroid nodules." in text
+    assert "Run with backbone tiny-random in place of sam-vit-h, image-size 64 in place of the default" in text
+
+
+def test_a_row_finds_its_data_by_classes_and_name(tmp_path):
+    def named(name: str, *classes: str):
+        labels = {label: number for number, label in enumerate(classes, start=1)}
+        return make_dataset(tmp_path, cases=[], labels=labels, channel_names=("0",), split_rule="", name=name)
+
+    def found(table: str, *data: str, rows=None) -> set[str]:
+        return {row.data for row in rows_on(find_experiments(table, rows), named(*data)) if row.offered}
+
+    assert found("msa:3", "Dataset007_DDTI", "nodule") == {"ddti"}
+    assert found("msa:3", "Task01_BrainTumour", "brain tumor") == {"brats"}
+    assert found("msa:3", "mine", "thyroid_nodule", rows=["tn-scui-msa"]) == {"tn-scui"}
+    organs = experiments()["msa:2"][0].classes
+    assert found("cheap-lunch:2,msa:2", "Synapse multi-organ CT (BTCV, raw)", *organs) == {"synapse", "btcv"}
+    [sam] = rows_on(find_experiments("cheap-lunch:2", ["sam"]), named("Synapse, raw", *organs))
+    assert set(sam.config({}).data.classes or ()) == set(SYNAPSE)  # eight of the twelve
+    for table, rows, data, said in (
+        ("msa:3", None, ("mine", "nodule"), "may be ddti or tn-scui, which its name (mine) does not tell; choose the"),
+        ("msa:3", ["refuge-msa"], ("RIGA", "disc", "cup"), "--rows: those of msa:3 are on refuge, but --data"),
+        ("msa:3", None, ("mine", "disc", "cup"), "but msa:3 is on brats: brain tumor; refuge: optic cup; riga: "),
+        ("msa:1", None, ("BTCV", *organs), "but msa:1 is on AMOS: spleen, right kidney, left"),
+        ("cheap-lunch:2", None, ("AMOS 2022", *SYNAPSE, "duodenum"), "but cheap-lunch:2 is on Synapse: aorta"),
+    ):
+        with pytest.raises(UserError) as error:
+            found(table, *data, rows=rows)
+        assert said in str(error.value)
 
 
 # ---- from the command line
@@ -260,10 +467,21 @@ def test_the_list_and_a_row_s_settings_for_finetune(few, tmp_path, capsys, monke
     assert (made.synthesis.real_share, made.data.exemplars, made.training.learning_rate) == (1, 9, 0.001)
 
 
+def test_msa_s_list(capsys):
+    assert main(["reproduce", "msa:1", "--list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 + 12
+    assert sum(" is not offered: " in line for line in lines) == 4
+    [msa] = [line.split() for line in lines if line.startswith("msa:1/msa ")]
+    assert msa[1:] == ["MSA,", "1-point", "msa", "sam-vit-h", "all", "40000", "16", "clicks:1"]
+
+
 def test_wrong_input(tiny_dataset, few, tmp_path, capsys):
     out = tmp_path / "out"
     for words, naming in [
-        (["msa:1", "--data", few, "--out", out], "msa:1: its rows come with a later version"),
+        (["msa:1", "--data", few, "--out", out], "has the classes aorta, gallbladder, "),
+        (["msa:3", "--data", few, "--out", out], "but msa:3 is on brats: brain tumor; refuge: optic cup; "),
+        (["msa:4", "--data", few, "--out", out], "msa:4: there is no such table"),
         (["cheap-lunch:9", "--data", few, "--out", out], "cheap-lunch:9: there is no such table"),
         (["cheap-lunch:2", "--data", few], "--out is missing"),
         (["cheap-lunch:2", "--out", out], "--data is missing"),

@@ -297,9 +297,9 @@ def reproduce(options: Namespace) -> int:
         raise UserError(f"--{'out' if options.data else 'data'} is missing; or --list what there is to run")
     if options.out.is_file():
         raise UserError(f"--out {options.out} is a file; give a folder")
-    jobs, dataset = reproduction.plan_jobs(rows, options.out, given), open_dataset(options.data)
-    fingerprint = dataset.fingerprint()
-    reproduction.check_data(rows, dataset.scored, options.data)
+    dataset = open_dataset(options.data)
+    rows, fingerprint = reproduction.rows_on(rows, dataset), dataset.fingerprint()
+    jobs = reproduction.plan_jobs(rows, options.out, given)
     reproduction.check_earlier(jobs, fingerprint)
 
     def train(job: reproduction.Job, run: RunFolder) -> None:
@@ -315,7 +315,7 @@ def reproduce(options: Namespace) -> int:
 
     for row in rows:
         if not row.offered:
-            print(f"{row.address}: left out, the method {row.method} is not offered yet")
+            print(f"{row.address}: left out, {row.why_not_offered}")
     failed = reproduction.run_jobs(jobs, fingerprint, train, score, print)
     for path in reproduction.write_tables(rows, options.out, failed):
         print(f"table: {path}")
@@ -913,7 +913,7 @@ def build_parser() -> ArgumentParser:
     )
 
     sub = verb("reproduce")
-    sub.add_argument("tables", metavar="TABLE,...", help="cheap-lunch:1 to 6, or several of one data set with commas")
+    sub.add_argument("tables", metavar="TABLE,...", help="cheap-lunch:1 to 6, msa:1 to 3; several with commas")
     sub.add_argument("--rows", nargs="+", metavar="NAME", help="only these, named as --list does")
     sub.add_argument("--list", action="store_true", help="say which rows there are, with what settings, and stop")
     sub.add_argument("--out", type=Path, metavar="DIR", help="folder for runs, results and tables; goes on in it")

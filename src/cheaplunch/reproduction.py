@@ -1,7 +1,8 @@
 """A paper's table again: published rows → the experiments they are of → runs → figures beside the published ones.
 
 `configs/PAPER/DATA.yaml` says which settings stand behind each published row. Rows of one experiment, in whichever
-table, share its run, and with the same prompts its evaluation. What lies where:
+table, share its run, and with the same prompts its evaluation. A table on several data sets has each row once for each
+of them. What lies where:
 
     OUT/runs/synapse-ours-18/                   the run of an experiment
     OUT/results/synapse-ours-18-furthest.json   its evaluation, as `evaluate` writes it, with the settings behind it
@@ -14,7 +15,7 @@ import json
 import re
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -24,11 +25,12 @@ import yaml
 
 from cheaplunch import processes
 from cheaplunch.config import METHODS, RunConfig, as_values, build_config, settings
+from cheaplunch.data.dataset import Dataset
 from cheaplunch.errors import Stopped, UserError
 from cheaplunch.evaluation.comparison import Block, Cell, Column, Comparison, Group, Row
 from cheaplunch.evaluation.evaluations import LENGTHS, METRICS
 from cheaplunch.evaluation.formats import FORMATS
-from cheaplunch.evaluation.papers import MEAN, PaperRow, PaperTable, class_key, paper_tables
+from cheaplunch.evaluation.papers import MEAN, PaperRow, PaperTable, class_key, paper_tables, plain
 from cheaplunch.evaluation.tables import describe_prompts
 from cheaplunch.files import write_json, write_text
 from cheaplunch.prompting import Prompting, read_prompting
@@ -48,8 +50,10 @@ class Experiment:
     table: PaperTable
     published: PaperRow
     name: str  # as `--rows` takes it, the table's own
-    data: str  # short for the data set; experiments of one name on it are one
-    settings: Mapping[str, Any]  # of `config`, with its method
+    data: str  # short for the data set, and part of its name
+    run: str  # what its run is called; experiments of one name on one data set are one
+    classes: tuple[str, ...]  # of the data, which are the table's where that is on one data set alone
+    settings: Mapping[str, Any]  # of `config`, with its method; where that is not offered, "why"
 
     @property
     def address(self) -> str:
@@ -59,7 +63,7 @@ class Experiment:
     @property
     def result(self) -> str:
         """What its evaluation is called; rows for which it is the same are one row twice."""
-        return f"{self.data}-{self.name}-{self.published.prompts}"
+        return f"{self.run}-{str(self.prompting).replace(':', '-')}"
 
     @property
     def method(self) -> str:
@@ -70,8 +74,34 @@ class Experiment:
         return self.method in METHODS
 
     @property
+    def why_not_offered(self) -> str:
+        why = self.settings.get("why")
+        return f"the method {self.method} is not offered" + (f": {why}" if why else " yet")
+
+    @property
     def prompting(self) -> Prompting:
-        return read_prompting(self.published.prompts)
+        """As published; where the paper does not say how its points are placed, those of the simulated user.
+
+        Where it says nothing at all, one of them.
+        """
+        words = self.published.prompts.replace("points:", "clicks:")
+        return read_prompting("clicks:1" if words == "unknown" else words)
+
+    def is_named_by(self, dataset: Dataset) -> bool:
+        return plain(self.data) in plain(dataset.name)
+
+    def is_on(self, dataset: Dataset) -> bool:
+        """Whether the classes are the data's: all of them, or some where its name is right too."""
+        wanted, there = set(map(class_key, self.classes)), set(map(class_key, dataset.scored))
+        return wanted == there or (wanted < there and self.is_named_by(dataset))
+
+    def taking_classes(self, dataset: Dataset) -> Experiment:
+        """With the classes as `dataset` calls them, where it has others too."""
+        wanted = set(map(class_key, self.classes))
+        names = [name for name in dataset.scored if class_key(name) in wanted]
+        if len(names) == len(dataset.scored):
+            return self
+        return replace(self, settings={**self.settings, "classes": names})
 
     def config(self, given: Mapping[str, Any]) -> RunConfig:
         """The run, with `given` settings in place of its own; another number of steps scales the warm-up too.
@@ -92,19 +122,23 @@ class Experiment:
 
 @cache
 def experiments() -> Mapping[str, tuple[Experiment, ...]]:
-    """Table → its rows, in its order; for every table of which a config says what was run."""
-    found: dict[str, tuple[Experiment, ...]] = {}
-    for paper in sorted(files("cheaplunch").joinpath("configs").iterdir(), key=lambda folder: folder.name):
-        for file in paper.iterdir():
+    """Table → its rows, in its order."""
+    found: dict[str, list[Experiment]] = {name: [] for name in paper_tables()}
+    for paper in files("cheaplunch").joinpath("configs").iterdir():
+        for file in sorted(paper.iterdir(), key=lambda file: file.name):
             said = yaml.safe_load(file.read_text(encoding="utf-8"))
             for number, rows in said["tables"].items():
                 table = paper_tables()[f"{paper.name}:{number}"]
-                found[table.name] = tuple(
-                    Experiment(table, row, name, Path(file.name).stem, said["experiments"][name])
-                    for row in table.rows
-                    for name in [rows[row.label]]
-                )
-    return {name: found[name] for name in paper_tables() if name in found}
+                published = {row.label: row for row in table.rows}
+                for label, name in rows.items():
+                    for data, classes in said.get("data", {Path(file.name).stem: table.classes}).items():
+                        run, made_of = f"{data}-{name}", said["experiments"][name]
+                        own = run if "data" in said else name  # a table on several data sets has the name for each
+                        row = Experiment(table, published[label], own, data, run, tuple(classes), made_of)
+                        found[table.name].append(row)
+    return {
+        name: tuple(sorted(rows, key=lambda row: row.table.rows.index(row.published))) for name, rows in found.items()
+    }
 
 
 def find_experiments(words: str, names: Sequence[str] | None = None) -> list[Experiment]:
@@ -112,8 +146,7 @@ def find_experiments(words: str, names: Sequence[str] | None = None) -> list[Exp
     known, chosen = experiments(), []
     for table in dict.fromkeys(words.split(",")):
         if table not in known:
-            why = "its rows come with a later version" if table in paper_tables() else "there is no such table"
-            raise UserError(f"reproduce {table}: {why}; choose of: {', '.join(known)}")
+            raise UserError(f"reproduce {table}: there is no such table; choose of: {', '.join(known)}")
         chosen += known[table]
     for name in names or ():
         if name not in {row.name for row in chosen}:
@@ -160,19 +193,50 @@ def plan_jobs(rows: Sequence[Experiment], out: Path, given: Mapping[str, Any]) -
     for row in rows:
         if row.offered and row.result not in jobs:
             config = row.config(given)
-            run = None if config.model.tuning == "none" else RunFolder(out / "runs" / f"{row.data}-{row.name}")
+            run = None if config.model.tuning == "none" else RunFolder(out / "runs" / row.run)
             jobs[row.result] = Job(row, config, run, _result(out, row))
     return list(jobs.values())
 
 
-def check_data(rows: Sequence[Experiment], classes: Mapping[str, Any], data: Path) -> None:
-    """Raises UserError where the classes of `data` are not those of the rows' tables."""
-    for table in (row.table for row in rows):
-        if not table.has_classes(classes):
+def rows_on(rows: Sequence[Experiment], dataset: Dataset) -> list[Experiment]:
+    """Those of `rows` that are on `dataset`, taking the table's classes of it, and those that are not offered.
+
+    Raises UserError where `dataset` is not that of a table, or of the rows of it, and where it may be several.
+    """
+    kept: list[Experiment] = []
+    for table in dict.fromkeys(row.table.name for row in rows):
+        known = {row.data: row for row in experiments()[table] if row.offered}
+        fitting = {data for data, row in known.items() if row.is_on(dataset)}
+        here = {data for data in fitting if known[data].is_named_by(dataset)} or fitting
+        if not here:
+            on = "; ".join(_described(row) for row in known.values())
             raise UserError(
-                f"--data {data} has the classes {', '.join(classes)}, but {table.name} is on {table.dataset}: "
-                f"{', '.join(table.classes)}; give that data set"
+                f"--data {dataset.root} has the classes {', '.join(dataset.scored)}, but {table} is on {on}; "
+                f"give {'that data set' if len(known) == 1 else 'one of these'}"
             )
+        asked = [row for row in rows if row.table.name == table]
+        found = [row for row in asked if row.data in here or not row.offered]
+        places = {row.data for row in found if row.offered}
+        if not places and any(row.offered for row in asked):
+            theirs = ", ".join(dict.fromkeys(row.data for row in asked if row.offered))
+            raise UserError(
+                f"--rows: those of {table} are on {theirs}, but --data {dataset.root} is {' or '.join(sorted(here))}; "
+                "give other rows, or the data set that they are on"
+            )
+        if len(places) > 1:
+            example = next(row.name for row in found if row.offered)
+            raise UserError(
+                f"--data {dataset.root} may be {' or '.join(sorted(places))}, which its name ({dataset.name}) does not "
+                f"tell; choose the rows of one of them, as in --rows {example}"
+            )
+        kept += [row.taking_classes(dataset) for row in found]
+    return kept
+
+
+def _described(row: Experiment) -> str:
+    """A row's data in words, as in "Synapse: aorta, liver"."""
+    alone = row.classes == row.table.classes
+    return f"{row.table.dataset if alone else row.data}: {', '.join(row.classes)}"
 
 
 def check_earlier(jobs: Sequence[Job], fingerprint: str) -> None:
@@ -204,16 +268,14 @@ def listing(rows: Sequence[Experiment], out: Path | None, given: Mapping[str, An
         about = (row.address, row.published.label, row.method)
         job = jobs.get(row.result)
         if job is None:
-            exemplars = "all" if row.settings["strategy"] == "all" else str(row.settings["exemplars"])
-            line = (*about, row.settings.get("backbone", "–"), exemplars, "–", "–", row.published.prompts)
-            lines.append((*line, "not offered yet"))
+            lines.append((*about, *("–",) * 4, str(row.prompting), row.why_not_offered))
             continue
         config = job.config
         trained = ("–", "–", "–")
         if job.run is not None:
             exemplars = "all" if config.data.strategy == "all" else str(config.data.exemplars)
             trained = (exemplars, str(config.training.steps), str(config.training.batch_size))
-        lines.append((*about, config.model.backbone, *trained, row.published.prompts, job.state if out else ""))
+        lines.append((*about, config.model.backbone, *trained, str(row.prompting), job.state if out else ""))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
@@ -315,11 +377,17 @@ def beside_published(
 ) -> Comparison:
     """The rows of one table, each with its figures here, as published, and here less published; Dice in 0..1.
 
+    Here on each data set where the table is on several; classes that it has no columns for get some of their own.
     results: name of a row → its evaluation; failed: name of a result → why there is none. What is wrong in the paper,
     and what was done otherwise here, are footnotes.
     """
     table = rows[0].table
-    columns = tuple(Column(column.printed, column.metric, column.of) for column in table.columns)
+    more = {of: None for row in rows if row.name in results for of in row.classes if of not in table.classes}
+    columns = (
+        *(Column(column.printed, column.metric, column.of) for column in table.columns),
+        *(Column(f"{of.capitalize()} {METRICS[metric]}", metric, of) for of in more for metric in ("dice", "iou")),
+    )
+    several = len({row.data for row in rows if row.offered}) > 1
     footnotes: list[str] = []
 
     def numbers(texts: Sequence[str]) -> tuple[int, ...]:
@@ -327,26 +395,26 @@ def beside_published(
         return tuple(sorted(footnotes.index(text) + 1 for text in texts))
 
     grouped: dict[tuple[str, bool], list[Row]] = {}
-    for row in rows:
-        result, name = results.get(row.name), row.published.label
-        printed = table.figures(row.published)
+    for label in dict.fromkeys(row.published.label for row in rows):
+        of_label = [row for row in rows if row.published.label == label]
+        printed = table.figures(of_label[0].published)
         published = {(metric, _key(of)): float(value) for (metric, of), value in printed.items()}
-        lines = grouped.setdefault(_prompts(row), [])
-        said = list(row.published.notes)
-        here = {} if result is None else _figures(result)
-        if result is None:
-            said.append(_why_not(row, failed))
-        else:
-            changes = numbers(_changes(row, result["settings"]))
-            lines.append(Row(f"{name}: here", _cells(columns, here, result), "run here", False, changes, False))
+        lines = grouped.setdefault(_prompts(of_label[0]), [])
+        differences = []
+        for row in (row for row in of_label if row.name in results):
+            result, on = results[row.name], f", {row.data}" if several else ""
+            here, changes = _figures(result), numbers(_changes(row, result["settings"]))
+            lines.append(Row(f"{label}: here{on}", _cells(columns, here, result), "run here", False, changes, False))
+            less = {place: value - published[place] for place, value in here.items() if place in published}
+            cells = _cells(columns, less)
+            differences.append(Row(f"{label}: here − paper{on}", cells, "difference", False, (), False))
         cells = tuple(
             Cell() if (value := printed.get((c.metric, c.of))) is None else Cell(str(value), float(value))
             for c in columns
         )
-        lines.append(Row(f"{name}: paper", cells, "as published", True, numbers(said), False))
-        if result is not None:
-            less = {place: value - published[place] for place, value in here.items() if place in published}
-            lines.append(Row(f"{name}: here − paper", _cells(columns, less), "difference", False, (), False))
+        said = [*of_label[0].published.notes, *_why_not(of_label, results, failed)]
+        lines.append(Row(f"{label}: paper", cells, "as published", True, numbers(said), False))
+        lines += differences
 
     data = dict.fromkeys(f"{result['dataset']}, {result['n_cases']} test cases" for result in results.values())
     remarks = (
@@ -390,7 +458,8 @@ def _cells(
             cells.append(Cell())
             continue
         sign, digits = "" if result else "+", 2 if column.metric in LENGTHS else 4
-        bounds = result["ci95"].get(column.metric) if result and column.of == MEAN else None
+        whole = column.of == MEAN or (result and len(result["classes"]) == 1)
+        bounds = result["ci95"].get(column.metric) if result and whole else None
         cells.append(Cell(f"{value:{sign}.{digits}f}", value, tuple(bounds) if bounds else None))
     return tuple(cells)
 
@@ -400,21 +469,26 @@ def _key(of: str) -> frozenset[str] | str:
 
 
 def _prompts(row: Experiment) -> tuple[str, bool]:
-    return describe_prompts(row.published.prompts, row.published.oracle_prompts), row.published.oracle_prompts
+    return describe_prompts(str(row.prompting), row.prompting.from_truth), row.prompting.from_truth
 
 
-def _why_not(row: Experiment, failed: Mapping[str, str]) -> str:
-    if row.result in failed:
-        return f"Failed here: {failed[row.result]}"
-    return "Not run here." if row.offered else f"Not run here: the method {row.method} is not offered yet."
+def _why_not(rows: Sequence[Experiment], results: Mapping[str, Any], failed: Mapping[str, str]) -> list[str]:
+    """Of one published row: why it failed on some data set, or why there is nothing of it at all."""
+    failures = [f"Failed here: {failed[row.result]}" for row in rows if row.result in failed]
+    if failures or any(row.name in results for row in rows):
+        return failures
+    return ["Not run here."] if rows[0].offered else [f"Not run here: {rows[0].why_not_offered}."]
 
 
 def _changes(row: Experiment, made: Mapping[str, Any]) -> list[str]:
-    """Which settings a run was made with that are not its experiment's, as one sentence or none."""
+    """Which settings a run was made with that are not its experiment's, as one sentence or none.
+
+    The classes are the table's (`rows_on`), which some data has others beside.
+    """
     meant = as_values(row.config({}))
     changes = [
         f"{name.replace('_', '-')} {made[name]} in place of {'the default' if value is None else value}"
         for name, value in meant.items()
-        if name not in OF_THE_PLACE and name in made and made[name] != value
+        if name not in OF_THE_PLACE | {"classes"} and name in made and made[name] != value
     ]
     return [f"Run with {', '.join(changes)}."] if changes else []

@@ -9,7 +9,7 @@ from PIL import Image
 
 from cheaplunch.data.cases import load_case
 from cheaplunch.data.layouts import open_dataset
-from cheaplunch.data.recipes import BTCV_TO_SYNAPSE, RECIPES, TRANSUNET_TEST
+from cheaplunch.data.recipes import BTCV_TO_OURS, RECIPES, SYNAPSE, TRANSUNET_TEST
 from cheaplunch.data.slices import Window, default_window
 from cheaplunch.errors import UserError
 
@@ -65,9 +65,11 @@ def test_btcv_in_the_numbers_and_split_of_transunet(tmp_path, save):
     assert ids(dataset, "train") == ["case0005", "case0006"] and ids(dataset, "test") == ["case0001", "case0038"]
     assert default_window(dataset) == Window(-125, 275) and dataset.channel_names == ("CT",)
     label = label_of(dataset, "case0001")[0, 0, ::-1].tolist()
-    organs = ("", "spleen", "right kidney", "left kidney", "gallbladder", "", "liver", "stomach", "aorta", "", "")
-    assert label == [dataset.labels.get(organ, 0) for organ in (*organs, "pancreas", "", "")]
-    assert sorted(number for number, _ in BTCV_TO_SYNAPSE) == list(range(1, 14))
+    organs = ("", "spleen", "right kidney", "left kidney", "gallbladder", "esophagus", "liver", "stomach", "aorta")
+    organs += ("inferior vena cava", "portal and splenic veins", "pancreas", "adrenal glands", "adrenal glands")
+    assert label == [dataset.labels.get(organ, 0) for organ in organs]
+    assert SYNAPSE.items() < dataset.labels.items() and len(dataset.labels) == 12
+    assert sorted(number for number, _ in BTCV_TO_OURS) == list(range(1, 14))
 
 
 def test_the_synapse_slices(tmp_path):

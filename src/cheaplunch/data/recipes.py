@@ -35,9 +35,9 @@ SYNAPSE = {  # TransUNet's numbers
     "spleen": 7,
     "stomach": 8,
 }
-BTCV_TO_SYNAPSE = ((8, 1), (4, 2), (3, 3), (2, 4), (6, 5), (11, 6), (1, 7), (7, 8)) + tuple(
-    (other, 0) for other in (5, 9, 10, 12, 13)
-)
+BTCV = {**SYNAPSE, "esophagus": 9, "inferior vena cava": 10, "portal and splenic veins": 11, "adrenal glands": 12}
+BTCV_TO_SYNAPSE = ((8, 1), (4, 2), (3, 3), (2, 4), (6, 5), (11, 6), (1, 7), (7, 8))
+BTCV_TO_OURS = (*BTCV_TO_SYNAPSE, (5, 9), (9, 10), (10, 11), (12, 12), (13, 12))  # MSA has both adrenal glands in one
 TRANSUNET_TEST = r"00(?:01|02|03|04|08|22|25|29|32|35|36|38)"
 AMOS = {
     "spleen": 1,
@@ -232,8 +232,8 @@ RECIPES = (
         "Synapse multi-organ CT (BTCV, raw)",
         image=rf"{ANYWHERE}img/img(?P<id>\d{{4}}){NIFTI}",
         mask=rf"{ANYWHERE}label/label(?P<id>\d{{4}}){NIFTI}",
-        rule=Numbers(BTCV_TO_SYNAPSE),
-        labels=SYNAPSE,
+        rule=Numbers(BTCV_TO_OURS),
+        labels=BTCV,
         channels=("CT",),
         window=(-125.0, 275.0),
         id="case{id}",

@@ -73,7 +73,7 @@ class PaperTable:
 
     def is_on(self, dataset: str) -> bool:
         """Whether a data set of that name is the table's."""
-        return _plain(re.sub(r"^(dataset|task)_?\d+_", "", dataset.lower())) in map(_plain, self.dataset_names)
+        return plain(re.sub(r"^(dataset|task)_?\d+_", "", dataset.lower())) in map(plain, self.dataset_names)
 
     def has_classes(self, names: Mapping[str, Any]) -> bool:
         """Whether `names` are the table's classes, whatever their order and spelling."""
@@ -110,6 +110,10 @@ _SYNONYMS = {
     "oesophagus": "esophagus",
     "arota": "aorta",  # AMOS spells it so
     "tumour": "tumor",
+    "brain tumor": "tumor",
+    "thyroid nodule": "nodule",
+    "optic disc": "disc",
+    "optic cup": "cup",
 }
 _TOKENS = {"l": "left", "r": "right", "veins": "vein"}
 _FILLERS = {"and", "gland", "glands", "whole"}
@@ -154,5 +158,6 @@ def _table(paper: str, number: str, about: Mapping[str, Any], table: Mapping[str
     )
 
 
-def _plain(name: str) -> str:
+def plain(name: str) -> str:
+    """What stays of a data set's name whatever its spelling."""
     return re.sub(r"[^a-z0-9]", "", name.lower())
