@@ -27,7 +27,7 @@ from cheaplunch.runs import RunFolder
 from cheaplunch.serving.access import Access
 from cheaplunch.serving.app import build_app
 from cheaplunch.serving.datastore import Datastore, Entry, file_name
-from cheaplunch.serving.monailabel import Images
+from cheaplunch.serving.monailabel_answers import Images
 from cheaplunch.serving.opened import Loaded, Served, load, on_voxels
 from cheaplunch.serving.server import listen
 from cheaplunch.serving.strategies import STRATEGIES, next_image
