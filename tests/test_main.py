@@ -180,7 +180,7 @@ def test_empty_folder(tmp_path, capsys):
         (["finetune", "--out", "run"], "--data"),
         (["finetune", "--data", "nowhere", "--out", "run"], "nowhere"),
         (["finetune", "--data", ".", "--out", "run", "--method", "magic"], "--method magic"),
-        (["finetune", "--data", ".", "--out", "run", "--backbone", "resnet"], "dataset.json"),
+        (["finetune", "--data", ".", "--out", "run", "--backbone", "resnet"], "not one image"),
         (["evaluate", "--data", ".", "--out", "x.json"], "RUN"),
         (["evaluate", "nowhere", "--data", ".", "--out", "x.json"], "nowhere"),
         (["evaluate", "nowhere", "--data", ".", "--out", "x.json", "--prompts", "guess"], "--prompts"),

@@ -8,7 +8,6 @@ Threads may share a `Model`, an `EmbeddingCache` and an `OpenCase`.
 
 from __future__ import annotations
 
-import json
 import math
 import threading
 from collections import OrderedDict
@@ -34,7 +33,7 @@ from cheaplunch.merging import Segmentation
 from cheaplunch.models.segmenter import load_segmenter
 from cheaplunch.prediction import Embedded, Predictor, carry, on_slice, segment_auto
 from cheaplunch.prompts import Prompts
-from cheaplunch.runs import RunFolder
+from cheaplunch.runs import RunFolder, read_json
 
 CACHE_BYTES = 512 * 2**20  # 128 slices at LiteMedSAM's 256 px, or at a ViT's 1024 px
 
@@ -256,7 +255,9 @@ class OpenCase:
         for (x, y, z), given in zip(corners, mark.corners, strict=True):
             if not (-0.5 <= x < width - 0.5 and -0.5 <= y < height - 0.5 and -0.5 <= z < count - 0.5):
                 raise UserError(
-                    f"{mark.source}: {mark.coordinates} {list(given)} lies outside of {self.volume.grid.path.name}"
+                    f"{mark.source}: {mark.coordinates} {list(given)} lies outside of {grid.path.name}, which has "
+                    f"{' × '.join(map(str, grid.shape))} {'px' if grid.affine is None else 'voxels'}"
+                grid = self.volume.grid
                 )
         numbers = sorted({math.floor(z + 0.5) for _, _, z in corners})
         if len(numbers) > 1:
@@ -445,10 +446,7 @@ def open_model(run: RunFolder, config: RunConfig) -> Model:
 
 def _classes_and_channels(run: RunFolder, config: RunConfig) -> tuple[dict[str, int], int | None]:
     """As the run says, else as the images that it learned from do."""
-    try:
-        said = json.loads(run.environment.read_text(encoding="utf-8")) if run.environment.is_file() else {}
-    except ValueError as error:
-        raise UserError(f"{run.environment} is damaged ({error}); restore the file, or train anew") from error
+    said = read_json(run.environment) if run.environment.is_file() else {}
     labels, channels = said.get("labels"), said.get("channels")
     try:
         if labels is None or channels is None:
@@ -459,5 +457,8 @@ def _classes_and_channels(run: RunFolder, config: RunConfig) -> tuple[dict[str, 
             raise UserError(
                 f"{run.environment} does not name the classes, and the images are no longer at {config.data.data}; "
                 "put them back there, or train anew"
+    numbered = labels is None or (isinstance(labels, dict) and all(isinstance(k, int) for k in labels.values()))
+    if not numbered or not isinstance(channels, int | None):
+        raise UserError(f"{run.environment} is damaged (labels or channels); restore the file, or train anew")
             ) from None
     return dict(labels), channels

@@ -6,7 +6,6 @@ Nothing of a patient and nothing of the machine: counts instead of cases, settin
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Mapping
 from pathlib import Path, PureWindowsPath
 from typing import Any
@@ -14,12 +13,11 @@ from typing import Any
 from cheaplunch import __version__
 from cheaplunch.config import RunConfig, as_values, setting_type
 from cheaplunch.data.slices import Window
-from cheaplunch.errors import UserError
 from cheaplunch.evaluation.tables import describe_prompts
 from cheaplunch.models.backbones import ALIASES, BACKBONES, Backbone
 from cheaplunch.models.heads import Head
 from cheaplunch.pages import render
-from cheaplunch.runs import RunFolder
+from cheaplunch.runs import RunFolder, read_json
 
 HUB_LICENCES = {"Apache-2.0": "apache-2.0", "MIT": "mit"}
 """Licences of backbones, as the hub's cards call them; any other is "other"."""
@@ -97,7 +95,7 @@ def _read_exemplars(path: Path) -> tuple[list[str], int, int]:
 
 
 def _environment(run: RunFolder) -> dict[str, Any]:
-    return _read_json(run.environment) if run.environment.is_file() else {}
+    return read_json(run.environment) if run.environment.is_file() else {}
 
 
 def _settings(config: RunConfig) -> dict[str, Any]:
@@ -119,22 +117,15 @@ def _evaluations(folder: Path) -> list[dict[str, Any]]:
     """What `evaluate` left in the run: per protocol and kind of prompts the figures, without the cases."""
     found = []
     for path in sorted(folder.glob("*/fine-tuned.json")):
-        tuned, before = _read_json(path), path.with_name("zero-shot.json")
+        tuned, before = read_json(path), path.with_name("zero-shot.json")
         found.append(
             {
                 "tuned": {name: value for name, value in tuned.items() if name != "cases"},
-                "zero_shot": _read_json(before)["mean"] if before.is_file() else None,
+                "zero_shot": read_json(before)["mean"] if before.is_file() else None,
                 "prompts": describe_prompts(tuned["prompts"], tuned["oracle_prompts"]),
             }
         )
     return found
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}); write it again") from error
 
 
 def _last_part(name: str) -> str:

@@ -23,7 +23,7 @@ from cheaplunch.files import write_text
 from cheaplunch.models.baselines import BASELINES
 from cheaplunch.pages import render
 from cheaplunch.report_cases import MODES, ROLES, Verdict, rank_cases
-from cheaplunch.runs import RunFolder
+from cheaplunch.runs import RunFolder, read_json
 
 FOLDED_CLASSES = 6  # of a picture's scores, more are folded away
 
@@ -200,7 +200,7 @@ def write_report(run: RunFolder) -> Path:
     Raises UserError where the folder is no run or a file in it is damaged.
     """
     config = run.load_config()
-    environment = _read_json(run.environment) if run.environment.is_file() else {}
+    environment = read_json(run.environment) if run.environment.is_file() else {}
     evaluations = _read_evaluations(run.evaluations)
     records = _read_records(run.metrics)
     filters = {"figure": _figure, "percent": _percent, "capital": lambda words: words[:1].upper() + words[1:]}
@@ -243,17 +243,17 @@ def _read_evaluations(folder: Path) -> list[Evaluation]:
 
 def _read_evaluation(folder: Path) -> Evaluation:
     results = {
-        name: _read_json(path) for name in ("fine-tuned", "zero-shot") if (path := folder / f"{name}.json").is_file()
+        name: read_json(path) for name in ("fine-tuned", "zero-shot") if (path := folder / f"{name}.json").is_file()
     }
     if len({(result["protocol"], result["unit"]) for result in results.values()}) > 1:
         raise UserError(f"{folder}: its results are of different protocols; evaluate both with the same --protocol")
-    said = _read_json(path) if (path := folder / "cases.json").is_file() else {}
+    said = read_json(path) if (path := folder / "cases.json").is_file() else {}
     shown = tuple(
         Shown(role, case["id"], case["dice"], case["slice"], _data_uri((folder / f"{role}.png").read_bytes()))
         for role in ROLES
         if (case := said.get(role)) and (folder / f"{role}.png").is_file()
     )
-    failures = _read_json(path) if (path := folder / "failures.json").is_file() else {"labels": [], "cases": []}
+    failures = read_json(path) if (path := folder / "failures.json").is_file() else {"labels": [], "cases": []}
     clicks = _data_uri(path.read_bytes()) if (path := folder / "clicks.png").is_file() else None
     cases = _case_views(folder, results["fine-tuned"], failures["cases"])
     return Evaluation(folder.name, results, shown, cases, tuple(failures["labels"]), clicks)
@@ -276,20 +276,17 @@ def _case_views(folder: Path, results: Mapping[str, Any], failures: list[dict]) 
     return tuple(views)
 
 
-def _read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}); write it again") from error
-
-
 def _read_records(path: Path) -> list[dict]:
     if not path.is_file():
         return []
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}); take the broken line out") from error
+    for number, record in enumerate(records, start=1):
+        if not isinstance(record, dict) or "step" not in record:
+            raise UserError(f"{path} is damaged (line {number} is of no step); take the broken line out")
+    return records
 
 
 def _read_table(path: Path) -> list[list[str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import platform
 from dataclasses import dataclass
@@ -74,6 +75,17 @@ def describe_environment(
 ) -> dict[str, Any]:
     """Versions, machine, seed and what the run found out about its data: enough to ask for the same again."""
     versions = {}
+def read_json(path: Path) -> dict[str, Any]:
+    """What a JSON file of a run says; UserError where it is damaged, or not an object."""
+    try:
+        said = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); restore the file, or have it written anew") from error
+    if not isinstance(said, dict):
+        raise UserError(f"{path} is damaged (no JSON object in it); restore the file, or have it written anew")
+    return said
+
+
     for package in _PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)

@@ -132,9 +132,9 @@ def says(root, text):
 
 def test_missing_empty_and_unknown_folders(tmp_path):
     says(tmp_path / "nowhere", "nowhere: no such folder")
-    says(tmp_path, "empty")
+    says(tmp_path, "the folder is empty; put images and their masks into it")
     (tmp_path / "notes.txt").write_text("")
-    says(tmp_path, "no dataset.json")
+    says(tmp_path, r"1 file \(notes.txt first\) and not one image")
 
 
 @pytest.mark.parametrize(
@@ -341,7 +341,7 @@ def test_a_tree_of_dicom_series(write_series, tmp_path):
     assert [len(case.files) for case in dataset.cases] == [3, 3]
     for patient in ("A", "B"):
         (tmp_path / patient / "seg.dcm").unlink()
-    says(tmp_path, "3 images and not one mask")
+    says(tmp_path, "3 DICOM series and no DICOM SEG drawn on one of them")
     assert len(open_dataset(tmp_path, labelled=False).cases) == 3
 
 
@@ -535,7 +535,7 @@ def test_what_is_ambiguous_gets_one_line(save, tmp_path):
 def test_images_without_masks(save, tmp_path):
     for id_ in ("a/1", "b/1"):
         save(f"{id_}.png", np.zeros((2, 2, 3)))
-    says(tmp_path, "2 images and not one mask")
+    says(tmp_path, "2 images and not one mask; put 1_mask.png beside 1.png")
     dataset = open_dataset(tmp_path, labelled=False)
     assert sides(dataset) == (["a_1", "b_1"], []) and dataset.layout == "images without masks"
     assert dataset.channel_names == ("red", "green", "blue") and not dataset.scored

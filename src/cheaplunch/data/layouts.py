@@ -12,7 +12,15 @@ from cheaplunch.data.conventions.arrays import is_arrays, read_arrays
 from cheaplunch.data.conventions.bids import is_bids, read_bids
 from cheaplunch.data.conventions.dicoms import is_dicom, read_dicom
 from cheaplunch.data.conventions.nnunet import is_decathlon, is_nnunet, read_decathlon, read_nnunet
-from cheaplunch.data.conventions.pairs import is_plain, is_table, read_pairs, read_plain, read_table, read_unlabelled
+from cheaplunch.data.conventions.pairs import (
+    is_plain,
+    is_table,
+    mask_beside,
+    read_pairs,
+    read_plain,
+    read_table,
+    read_unlabelled,
+)
 from cheaplunch.data.dataset import Case, Dataset, Folder, Split, patients, split_by_patient
 from cheaplunch.data.names import natural_order
 from cheaplunch.data.recipes import find_recipe
@@ -38,12 +46,13 @@ class Layout:
     read: Callable[[Folder], Dataset]
 
 
+DICOM = "DICOM tree"
 LAYOUTS = (
     Layout("Medical Segmentation Decathlon", is_decathlon, read_decathlon),
     Layout("nnU-Net raw", is_nnunet, read_nnunet),
     Layout("slices as arrays", is_arrays, read_arrays),
     Layout("BIDS", is_bids, read_bids),
-    Layout("DICOM tree", is_dicom, read_dicom),
+    Layout(DICOM, is_dicom, read_dicom),
     Layout("table of pairs", is_table, read_table),
     Layout("images and masks", is_plain, read_plain),
 )
@@ -60,22 +69,40 @@ def open_dataset(root: Path, labelled: bool = True) -> Dataset:
     if root.suffix.lower() == ".csv" and not root.is_dir():
         return replace(read_pairs(root), layout="table of pairs", why=f"{root.name} lists images and masks")
     if not root.is_dir():
-        raise UserError(f"--data {root}: no such folder; give the one that holds dataset.json and imagesTr")
+        raise UserError(f"--data {root}: no such folder; give the one with the images and their masks")
     folder = Folder.listed(root)
     if not folder.files:
-        raise UserError(f"--data {root}: the folder is empty; it needs dataset.json, imagesTr and labelsTr")
+        raise UserError(
+            f"--data {root}: the folder is empty; put images and their masks into it (docs/datasets.md says how they "
+            "may lie), or give another"
+        )
     dataset = find_recipe(folder) or _by_layout(folder)
     if dataset is None:
         raise UserError(
-            f"--data {root}: no dataset.json and imagesTr here, and no images with masks; "
-            "docs/datasets.md lists the layouts that are recognised"
+            f"--data {root}: {_count(len(folder.files), 'file')} ({folder.files[0]} first) and not one image that is "
+            "read; docs/datasets.md lists the layouts and formats that are"
         )
     if labelled and not any(case.label is not None for case in dataset.cases):
-        raise UserError(
-            f"--data {root}: {len(dataset.cases)} images and not one mask; put X_mask.png beside X.png, or the masks "
-            "into masks/ and the images into images/"
-        )
+        raise UserError(f"--data {root}: {_unlabelled(dataset)}")
     return dataset
+
+
+def _unlabelled(dataset: Dataset) -> str:
+    """What there is instead of labels, and what would be one."""
+    if dataset.layout == DICOM:
+        return (
+            f"{len(dataset.cases)} DICOM series and no DICOM SEG drawn on one of them; put a SEG below the folder for "
+            "each that is labelled (docs/clinic.md says how it is made)"
+        )
+    first = dataset.cases[0].images[0]
+    return (
+        f"{_count(len(dataset.cases), 'image')} and not one mask; put {mask_beside(first)} beside {first.name}, and so "
+        "on, or the masks into masks/ and the images into images/"
+    )
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
 
 
 def _by_layout(folder: Folder) -> Dataset | None:

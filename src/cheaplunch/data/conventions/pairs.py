@@ -75,7 +75,7 @@ def read_plain(folder: Folder) -> Dataset:
         found = masks.get(key, [])
         path = folder.root / image.path
         if not found and (not sided or image.split in labelled_sides):
-            raise UserError(f"{path} has no mask: add {stem(path)}_mask{_mask_ending(path)}, or take the image away")
+            raise UserError(f"{path} has no mask: add {mask_beside(path)}, or take the image away")
         if not by_class and any(not _is_numbered(mask) for mask in found[1:]):
             both = f"{folder.root / found[0].path} and {found[1].path}"
             raise UserError(f"{both} are both masks of {image.path}: keep one, or name their classes (X_mask_CLASS)")
@@ -126,6 +126,11 @@ def read_unlabelled(folder: Folder) -> Dataset:
         channel_names=channels_of(paths[0]),
         split_rule="no image is labelled: all train, none tests",
     )
+
+
+def mask_beside(image: Path) -> str:
+    """What its mask may be called, in the image's folder; a JPEG would spoil label numbers."""
+    return f"{stem(image)}_mask{'.png' if ending(image) in ('.jpg', '.jpeg') else ending(image)}"
 
 
 def channels_of(path: Path) -> tuple[str, ...]:
@@ -220,10 +225,6 @@ def _with_patients(cases: list[Case], folders: Sequence[tuple[str, ...]]) -> lis
     use_folders = None not in numbered and len(set(numbered)) > 1
     patient_of = [n if use_folders and n else by_id[c.id] for c, n in zip(cases, numbered, strict=True)]
     return [replace(case, patient=patient) for case, patient in zip(cases, patient_of, strict=True)]
-
-
-def _mask_ending(path: Path) -> str:
-    return ".png" if ending(path) in (".jpg", ".jpeg") else ending(path)
 
 
 # --- a table of pairs ------------------------------------------------------------------------------------------------
