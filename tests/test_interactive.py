@@ -14,7 +14,7 @@ from cheaplunch.data.cases import CaseSlices
 from cheaplunch.data.slices import Window
 from cheaplunch.data.volume import Grid, Volume, read_volume
 from cheaplunch.errors import UserError
-from cheaplunch.interactive import Answer, Box, Click, EmbeddingCache, Mark, OpenCase, carry, quality_of
+from cheaplunch.interactive import Answer, Box, Click, EmbeddingCache, Mark, OpenCase, quality_of
 from cheaplunch.prediction import Predictor, carry_click, segment_draws
 from cheaplunch.prompting import Prompting
 from cheaplunch.prompts import Prompts, furthest_point, tight_box
@@ -89,7 +89,10 @@ def test_marks_find_their_slice_in_any_coordinates():
     ("mark", "naming"),
     [
         (Mark("liver", "voxel", ((0, 0, 0),)), "'liver'; choose of: disc, block"),
-        (Mark("disc", "voxel", ((7, 0, 0),)), r"voxel \[7, 0, 0\] lies outside of scan.nii"),
+        (
+            Mark("disc", "voxel", ((7, 0, 0),)),
+            r"voxel \[7, 0, 0\] lies outside of scan.nii, which has 7 × 6 × 5 voxels",
+        ),
         (Mark("disc", "world_lps", ((0, 0, -0.6),)), "outside"),
         (Mark("disc", "voxel", ((1, 1),)), "has 5 slices; add the third"),
         (Mark("disc", "voxel", ((1, 1, 1), (2, 2, 3))), "from slice 1 to 3"),
@@ -233,23 +236,27 @@ def test_negative_clicks_on_a_slice_that_is_reached():
     assert answers[3][1].mask[4, 4] and answers[4][1].mask[2, 2]
 
 
-def test_the_nearer_seed_has_a_slice_and_a_seed_ends_what_comes_to_it():
-    """Six slices of one row; each seed's mask says by its length which one a slice was reached from.
+def test_what_another_class_hides_is_not_carried():
+    """Clicks on a rectangle find the block beside it too, less surely: no click of the user's would show that."""
 
-    slice   0  1  2  3  4  5
-    seed    a           b
-    takes   a  a  a  b  b  b      slice 2 lies between both, and the one that comes ahead has it
-    """
-    a, b = np.array([[1, 1, 1, 1, 0, 0]], bool), np.array([[0, 1, 1, 1, 1, 0]], bool)
-    from_a, from_b = furthest_point(a), furthest_point(b)
-    assert from_a != from_b
-    told = carry({0: {1: a}, 4: {1: b}}, 6, lambda number, at: {1: a if at[1] == from_a else b}, lambda mask: mask)
-    assert {number: classes[1].tolist() for number, classes in told.items()} == {
-        1: a.tolist(),
-        2: a.tolist(),
-        3: b.tolist(),
-        5: b.tolist(),
-    }
+    class Spilling(LikeThePoint):
+        def foreground(self, embeddings, prompts):
+            found, grey = super().foreground(embeddings, prompts), embeddings[0, 0]
+            x, y = prompts.points_xy[0, :, 0].round().long().unbind(-1)
+            spilt = (grey[y, x] == 1)[:, None, None] & (grey == 2)
+            return torch.where(spilt, 1.0, found[0])[None]
+
+    labels = np.zeros((5, 16, 16), int)
+    labels[:, 2:14, 2:6], labels[:, 2:14, 6:11] = 1, 2  # the middle of both together, (6, 7), is in the second
+    predictor = Predictor(Spilling())
+    case = OpenCase(predictor, volume_of(grey(labels)), Window(0, 1))
+    clicks = [Click(1, 2, (3, 7)), Click(2, 2, (8, 7))]
+    answers = case.segment(clicks)
+    assert answers[2][1].mask.sum() == 12 * 9
+    label = case.label(case.propagate(clicks, answers))
+    np.testing.assert_array_equal(label, labels)
+    carried = carry_click(predictor, CaseSlices(case.images, labels.astype(np.uint8), case.volume), None)
+    np.testing.assert_array_equal(carried.label, labels)
 
 
 # ---- embeddings

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from cheaplunch import runtime
-from cheaplunch.config import RunConfig
+from cheaplunch.carrying import carry
+from cheaplunch.config import RunConfig, asked_by_text
 from cheaplunch.data.cases import CaseSlices
 from cheaplunch.data.layouts import open_dataset
 from cheaplunch.data.slices import Axis, Places, Window, from_slices, slice_step_mm, to_slices
@@ -299,9 +300,7 @@ class OpenCase:
                 number, {k: _Asked([Click(k, number, point), *off.get(k, [])]) for k, point in points.items()}, {}
             )
 
-        carried = carry(answers, self.shape[0], ask, lambda answer: answer.mask, reach)
-        numbers = sorted(answers.keys() | carried.keys())
-        return {number: answers.get(number, {}) | carried.get(number, {}) for number in numbers}
+        return carry(answers, self.shape[0], ask, lambda answer: answer.probability, reach)
 
     def label(self, answers: Answers) -> np.ndarray:
         """One label map (Z, Y, X) uint8 on the volume's array: classes merged, slices steadied as in evaluation."""

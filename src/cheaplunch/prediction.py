@@ -7,13 +7,13 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from cheaplunch.data.cases import CaseSlices
+from cheaplunch.carrying import carry
 from cheaplunch.data.slices import Frame, as_rgb
 from cheaplunch.errors import UserError
 from cheaplunch.merging import Found, Segmentation, smooth_scores
@@ -25,8 +25,6 @@ from cheaplunch.runtime import Precision, autocast
 
 ENCODED_AT_ONCE = 4  # slices; more would not be faster on a CPU
 REPORTED_CLICKS = (1, 3, 5, 10)
-CARRIED_SHARE = 0.05  # of the area of the mask under the user's click; a smaller mask is not carried further
-CARRIED_IOU = 0.4  # with the mask on the slice before; a mask that overlaps it less is not taken (docs/prompts.md)
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,10 +68,14 @@ class Predictor:
         for start in range(0, len(numbers), ENCODED_AT_ONCE):
             yield from self.embed(images[list(numbers[start : start + ENCODED_AT_ONCE])])
 
-    def open(self, images: np.ndarray) -> Callable[[int], Embedded]:
-        """As `embed_each`, but of any number that is asked for; neighbours are had the cheapest one after another."""
+    def open(self, images: np.ndarray, places: int = 1) -> Callable[[int], Embedded]:
+        """As `embed_each`, but of any number that is asked for.
+
+        Neighbours are had the cheapest one after another, or by turns at so many `places` of the volume.
+        """
         depth = self.segmenter.slab_slices
-        kept = lru_cache(slabs_a_slice(depth, depth // 2))(lambda slab: self.embed_slab(images[slab.start : slab.stop]))
+        keep = lru_cache(places * slabs_a_slice(depth, depth // 2))
+        kept = keep(lambda slab: self.embed_slab(images[slab.start : slab.stop]))
         return lambda number: self.embed_slice(images, number, kept)
 
     def embed_slice(self, images: np.ndarray, number: int, slab_of: Callable[[range], Embedded]) -> Embedded:
@@ -256,19 +258,15 @@ def carry_click(
 ) -> Segmentation:
     """A case from one point a class: of the truth, which classes the volume has and one pixel of each.
 
-    The user clicks on the slice with the class's largest area (the first of equals), furthest from its boundary. Its
-    neighbours, and theirs in turn, are prompted by the point furthest from the boundary of the mask that the network
-    gave the class on the slice before, before classes are merged. A network that was trained with points on the target
-    finds something wherever it is pointed at, so that a class does not end by itself: in each direction it ends at the
-    volume's end, before a mask that is empty or overlaps the one before by less than CARRIED_IOU, or after one that is
-    smaller than CARRIED_SHARE of the first. Every slice is embedded once.
+    The user clicks on the slice with the class's largest area (the first of equals), furthest from its boundary; from
+    there `carry` goes to both sides. Every slice is embedded once.
     """
     truth = _truth(case)
     classes = _classes(truth)
     home = {k: int((truth == k).sum(axis=(1, 2)).argmax()) for k in classes}  # class → slice of its click
     first, last = min(home.values(), default=0), max(home.values(), default=0)
-    embedded_between: dict[int, Embedded] = {}  # what both directions may pass
-    embed = predictor.open(case.image)
+    embedded_between: dict[int, Embedded] = {}  # what classes come to from both sides
+    embed = predictor.open(case.image, places=2 * len(set(home.values())))
 
     def ask(number: int, points: dict[int, tuple[float, float]]) -> dict[int, np.ndarray]:
         """Class → its probability (H, W) on slice `number`, from a point on it."""
@@ -283,57 +281,9 @@ def carry_click(
         k: jitter_point(furthest_point(truth[number] == k), truth.shape[1:], jitter_px, rng)
         for k, number in home.items()
     }
-    found = {n: ask(n, {k: clicks[k] for k in classes if home[k] == n}) for n in sorted(set(home.values()))}
-    for number, taken in carry(found, len(truth), ask, lambda probability: probability > 0.5).items():
-        found[number] = found.get(number, {}) | taken
+    seeds = {n: ask(n, {k: clicks[k] for k in classes if home[k] == n}) for n in sorted(set(home.values()))}
+    found = carry(seeds, len(truth), ask, lambda probability: probability)
     return Segmentation.of({1: found}, truth.shape, keep, case.step_mm, predictor.smooth_mm)
-
-
-Carried = TypeVar("Carried")
-
-
-def carry(
-    seeds: Mapping[int, Mapping[int, Carried]],
-    count: int,
-    ask: Callable[[int, dict[int, tuple[float, float]]], Mapping[int, Carried]],
-    mask_of: Callable[[Carried], np.ndarray],
-    reach: int | None = None,
-) -> dict[int, dict[int, Carried]]:
-    """From prompted slices to those around, slice number → class → what was found; `seeds` are not among them.
-
-    Of `count` slices some have `seeds`, what the user's own prompts found. From each in both directions a class is
-    asked for by the point furthest from the boundary of its mask on the slice before: `ask` takes a slice number and
-    class → (x, y). A network that was trained with points on the target
-    finds something wherever it is pointed at, so that a class does not end by itself: it ends at the volume's end,
-    before a mask that is empty or overlaps the one before by less than CARRIED_IOU, or after one that is smaller than
-    CARRIED_SHARE of the one it set out from; also at a slice with a seed of its own, and after `reach` slices. A slice
-    that is reached from two seeds takes what the nearer one found.
-    """
-    reached: dict[int, dict[int, tuple[int, Carried]]] = {}  # with the distance to the seed
-    for ahead in (1, -1):
-        masks: dict[int, np.ndarray] = {}  # class → on the slice before, (H, W)
-        away: dict[int, int] = {}
-        smallest: dict[int, float] = {}
-        for number in range(count)[::ahead]:
-            own = seeds.get(number, {})
-            points = {
-                k: furthest_point(mask)
-                for k, mask in masks.items()
-                if k not in own and mask.sum() >= smallest[k] and (reach is None or away[k] < reach)
-            }
-            before, masks = masks, {}
-            for k, found in (ask(number, points) if points else {}).items():
-                mask = mask_of(found)
-                if _iou(mask, before[k]) < CARRIED_IOU:
-                    continue
-                masks[k], away[k] = mask, away[k] + 1
-                there = reached.setdefault(number, {})
-                if k not in there or away[k] < there[k][0]:
-                    there[k] = (away[k], found)
-            for k, found in own.items():
-                masks[k], away[k] = mask_of(found), 0
-                smallest[k] = max(1, CARRIED_SHARE * masks[k].sum())
-    return {number: {k: found for k, (_, found) in classes.items()} for number, classes in reached.items()}
 
 
 def _truth(case: CaseSlices) -> np.ndarray:
@@ -345,8 +295,3 @@ def _truth(case: CaseSlices) -> np.ndarray:
 def _classes(truth: np.ndarray) -> list[int]:
     """The numbers in a label map, in ascending order, without background."""
     return [int(value) for value in np.unique(truth) if value]
-
-
-def _iou(mask: np.ndarray, other: np.ndarray) -> float:
-    """Of two masks (H, W), the second of them not empty."""
-    return np.count_nonzero(mask & other) / np.count_nonzero(mask | other)
