@@ -16,7 +16,7 @@ from cheaplunch import predicting
 from cheaplunch.__main__ import main
 from cheaplunch.data.cases import load_case
 from cheaplunch.data.layouts import open_dataset
-from cheaplunch.data.volume import read_label, read_volume
+from cheaplunch.data.volume import read_label, read_volume, write_mask
 from cheaplunch.errors import UserError
 from cheaplunch.interactive import Mark, open_model
 from cheaplunch.material import pick_window
@@ -158,10 +158,12 @@ def test_formats(run, tiny_dataset, tmp_path, capsys):
 
 def test_a_damaged_run_is_named(run, tiny_dataset, tmp_path, capsys):
     damaged = Path(shutil.copytree(run, tmp_path / "run"))
-    (damaged / "environment.json").write_text("{")
     words = [tiny_dataset, "--out", tmp_path / "masks", "--prompts", prompts(tmp_path / "p.json", {"case_0": CLICKS})]
-    assert predict(damaged, *words) == 2
-    assert f"{damaged / 'environment.json'} is damaged" in capsys.readouterr().err
+    for content in ("{", "[]", "null", '{"labels": ["disc", "block"], "channels": 1}', '{"labels": {"disc": "1"}}'):
+        (damaged / "environment.json").write_text(content)
+        assert predict(damaged, *words) == 2
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert f"{damaged / 'environment.json'} is damaged" in line
 
 
 def test_a_mistake_about_the_only_image_is_the_users(run, tiny_dataset, tmp_path, capsys):
@@ -246,11 +248,11 @@ def test_a_network_of_classes_needs_no_prompts(tiny_dataset, tmp_path, capsys):
 # ---- DICOM
 
 
-def save_series(folder: Path, array: np.ndarray, affine: np.ndarray) -> str:
+def save_series(folder: Path, array: np.ndarray, affine: np.ndarray, prefix: str = "IM") -> str:
     """(i, j, k) uint16 voxels and their RAS affine as a CT series, slices from the top down; returns its UID."""
     lps, uid, frame, study = np.diag([-1, -1, 1, 1]) @ affine, generate_uid(), generate_uid(), generate_uid()
     spacing = np.linalg.norm(lps[:3, :3], axis=0)
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for k in range(array.shape[2]):
         data = pydicom.Dataset()
         data.file_meta = FileMetaDataset()
@@ -270,7 +272,7 @@ def save_series(folder: Path, array: np.ndarray, affine: np.ndarray) -> str:
         data.SamplesPerPixel, data.PhotometricInterpretation = 1, "MONOCHROME2"
         data.BitsAllocated, data.BitsStored, data.HighBit, data.PixelRepresentation = 16, 16, 15, 0
         data.PixelData = np.ascontiguousarray(array[:, :, k].T).tobytes()
-        data.save_as(folder / f"IM{array.shape[2] - k}", enforce_file_format=True)
+        data.save_as(folder / f"{prefix}{array.shape[2] - k}", enforce_file_format=True)
     return uid
 
 
@@ -306,6 +308,34 @@ def test_a_dicom_tree_becomes_segs_on_the_right_slices(run, study, tmp_path):
     assert [k for k in range(6) if (mask[..., k] == 2).any()] == [3]
     assert [s.SegmentLabel for s in pydicom.dcmread(found).SegmentSequence] == ["disc", "block"]
     assert (tmp_path / "segs" / "p2" / "ct.dcm").is_file()
+
+
+def test_what_was_predicted_of_a_dicom_tree_is_found_to_be_scored(run, study, tmp_path):
+    tree, _ = study
+    entries = [{"class": "disc", "voxel": [8, 8, 2]}, {"class": "block", "voxel": [16, 12, 3]}]
+    file = prompts(tmp_path / "p.json", {"p1/ct": entries, "p2/ct": entries})
+    assert predict(run, tree, "--out", tmp_path / "segs", "--prompts", file, "--no-propagate") == 0
+    for patient in ("p1", "p2"):
+        volume = read_volume([tree / patient / "ct"])
+        label = read_label(tmp_path / "segs" / patient / "ct.dcm", volume)
+        assert set(np.unique(label)) == {0, 1, 2}
+        # What the tree names first is not what the run does: segments are known by their names.
+        write_mask(np.choose(label, [0, 2, 1]), volume, tree / patient / "seg.dcm", {"block": 1, "disc": 2})
+    words = ["--predictions", tmp_path / "segs", "--data", tree, "--out", tmp_path / "scores.json"]
+    assert main(["evaluate", *map(str, words)]) == 0
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert {name: own["dice"] for name, own in scores["classes"].items()} == {"block": 1, "disc": 1}
+
+
+def test_series_are_called_as_cases_are(study):
+    tree, _ = study
+    save_series(tree / "p1" / "ct", np.full((4, 4, 5), 9, np.uint16), np.diag([-1.0, -1, 2, 1]), "B")
+    save_series(tree / "p2" / "ct", np.full((4, 4, 5), 9, np.uint16), np.diag([-1.0, -1, 2, 1]), "B")
+    (tree / "p2" / "ct" / "B2").unlink()  # a series that lacks a slice is none, and has no number
+    images, _ = find_images([tree], 1, tree.parent / "out")
+    assert sorted(image.name for image in images) == ["p1/ct_1", "p1/ct_2", "p2/ct"]
+    cases = open_dataset(tree, labelled=False).cases
+    assert {case.id: case.images for case in cases} == {i.name.replace("/", "_"): i.sources for i in images}
 
 
 def test_a_damaged_slice_spoils_its_series_alone(study):

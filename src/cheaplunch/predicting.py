@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -22,7 +22,7 @@ import torch
 
 from cheaplunch.config import RunConfig
 from cheaplunch.data import dicom
-from cheaplunch.data.conventions.dicoms import is_dicom
+from cheaplunch.data.conventions.dicoms import is_dicom, series_names, series_sources
 from cheaplunch.data.dataset import Folder
 from cheaplunch.data.layouts import LAYOUTS, open_dataset
 from cheaplunch.data.names import ending, natural_order, stem
@@ -159,25 +159,17 @@ def _from_files(root: Path, names: Iterable[str], channels: int | None) -> list[
 
 
 def _series_below(root: Path) -> tuple[list[Image], list[str]]:
-    """Every DICOM series below a folder; one named as its folder, several of one folder numbered in order of UID.
+    """Every DICOM series below a folder, called as the cases of `--data` are, but for its folders' '/'.
 
     A damaged file spoils its folder and not the tree.
     """
     series, failed = _find_series(root)
     failed += [f"{one.source} {one.flaw}" for one in series if one.flaw]
-    folders = {one.uid: one.source.with_name(one.source.name.rpartition("#")[0]) for one in series}
-    counts, seen = Counter(folders.values()), Counter[Path]()
-    alone = {folder for folder in counts if sum(other.is_relative_to(folder) for other in folders.values()) == 1}
-    images = []
-    for one in series:
-        folder = folders[one.uid]
-        seen[folder] += 1
-        place = folder.relative_to(root).as_posix()
-        name = root.resolve().name if place == "." else place
-        name += f"_{seen[folder]}" if counts[folder] > 1 else ""
-        if not one.flaw:
-            source = folder if folder in alone else one.source
-            images.append(Image(name, (source,), (one.uid, Path(name).name), one.files))
+    usable = [one for one in series if not one.flaw]
+    names, sources = series_names(usable, root), series_sources(usable, series)
+    images = [
+        Image(names[one.uid], (sources[one.uid],), (one.uid, Path(names[one.uid]).name), one.files) for one in usable
+    ]
     return images, failed
 
 

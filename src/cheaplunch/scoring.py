@@ -145,8 +145,8 @@ def assess_predictions(
 ) -> dict[str, dict]:
     """Masks that another tool, called `name`, made of the labelled test cases: protocol → the JSON of DESIGN §1.
 
-    Each is found by its case's id with any ending that is read. UserError names the file that is missing, lies on
-    another grid than its image, or holds a number that no class has.
+    Each is found by `find_mask`; the segments of a DICOM SEG are known by their names, of other files by their numbers.
+    UserError names the file that is missing, lies on another grid than its image, or holds what is no class.
     """
     if not folder.is_dir():
         raise UserError(f"--predictions {folder}: no such folder; give the one with a mask for each test case")
@@ -155,7 +155,7 @@ def assess_predictions(
     def read(case: Case) -> Answer:
         volume, truth = read_checked(case, dataset, "axial")
         path = find_mask(folder, case)
-        label = read_label(path, volume)
+        label = read_label(path, volume, dataset.labels)
         unknown = sorted(set(np.unique(label).tolist()) - {0, *dataset.labels.values()})
         if unknown:
             raise UserError(f"{path} has values {unknown} that are no class of --data {assessment.data}; renumber them")
@@ -165,17 +165,24 @@ def assess_predictions(
 
 
 def find_mask(folder: Path, case: Case) -> Path:
-    """The one file in `folder` that is named as the case, with any ending that is read."""
+    """The one file in `folder` that is named as the case, with any ending that is read.
+
+    `predict` keeps the folders of a DICOM tree, which the names of cases join: A/CT.dcm is the mask of A_CT.
+    """
     names = dict.fromkeys([case.mask_name, *(case.id + suffix for suffix in SUFFIXES)])
     found = [folder / name for name in names if (folder / name).is_file()]
     if not found:
         raise UserError(f"{folder / case.mask_name} is missing: there is no mask of test case {case.id}")
     if len(found) > 1:
-        raise UserError(f"{folder} has {found[0].name} and {found[1].name} for one case; leave one")
+        both = " and ".join(path.relative_to(folder).as_posix() for path in found[:2])
+        raise UserError(f"{folder} has {both} for one case; leave one")
     return found[0]
 
 
 def _score(
+    if not found:
+        below = sorted(folder.rglob("*"))
+        found = [p for p in below if p.relative_to(folder).as_posix().replace("/", "_") in names and p.is_file()]
     dataset: Dataset,
     assessment: Assessment,
     answer: Callable[[Case], Answer],

@@ -1,6 +1,7 @@
 """A tree of DICOM files: a case for each image series, labelled by the DICOM SEG objects drawn on it."""
 
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 from cheaplunch.data.dataset import Case, Dataset, Folder, make_dataset
@@ -37,7 +38,8 @@ def read_dicom(folder: Folder) -> Dataset:
                 names.setdefault(label, len(names) + 1)
         else:
             left_out += (f"{segmentation.path} is drawn on a series that is not here",)
-    ids, sources = _ids(usable, folder.root), _sources(usable, series)
+    ids = {uid: name.replace("/", "_") for uid, name in series_names(usable, folder.root).items()}
+    sources = series_sources(usable, series)
     patients = _patients(usable, ids, folder.root)
     rule = Segments(tuple(names.items()))
     cases = []
@@ -58,6 +60,29 @@ def read_dicom(folder: Folder) -> Dataset:
     )
 
 
+def series_names(usable: Sequence[Series], root: Path) -> dict[str, str]:
+    """UID → the folders that lead to it, joined by '/', and its number among several in one folder."""
+    places = {one.uid: "/".join(_place(one, root)) or root.resolve().name for one in usable}
+    counts, seen = Counter(places.values()), Counter[str]()
+    names = {}
+    for one in usable:
+        place = places[one.uid]
+        seen[place] += 1
+        names[one.uid] = f"{place}_{seen[place]}" if counts[place] > 1 else place
+    return names
+
+
+def series_sources(usable: Sequence[Series], series: Sequence[Series]) -> dict[str, Path]:
+    """UID → the folder where no other of all `series` lies below it, else FOLDER#UID."""
+    folders = {one.uid: _folder(one) for one in series}
+    return {
+        one.uid: folders[one.uid]
+        if sum(folder.is_relative_to(folders[one.uid]) for folder in folders.values()) == 1
+        else one.source
+        for one in usable
+    }
+
+
 def _is_dicom(path: Path) -> bool:
     with path.open("rb") as file:
         return file.read(132)[128:] == b"DICM"
@@ -71,29 +96,6 @@ def _folder(one: Series) -> Path:
 def _place(one: Series, root: Path) -> tuple[str, ...]:
     """The folders below the root that lead to a series."""
     return _folder(one).relative_to(root).parts
-
-
-def _ids(series: list[Series], root: Path) -> dict[str, str]:
-    """UID → the folders that lead to it, and its number among several in one folder."""
-    places = {one.uid: "_".join(_place(one, root)) or root.resolve().name for one in series}
-    counts, seen = Counter(places.values()), Counter[str]()
-    ids = {}
-    for one in series:
-        place = places[one.uid]
-        seen[place] += 1
-        ids[one.uid] = f"{place}_{seen[place]}" if counts[place] > 1 else place
-    return ids
-
-
-def _sources(usable: list[Series], series: list[Series]) -> dict[str, Path]:
-    """UID → the folder where no other series lies below it, else FOLDER#UID."""
-    folders = {one.uid: _folder(one) for one in series}
-    return {
-        one.uid: folders[one.uid]
-        if sum(folder.is_relative_to(folders[one.uid]) for folder in folders.values()) == 1
-        else one.source
-        for one in usable
-    }
 
 
 def _patients(series: list[Series], ids: dict[str, str], root: Path) -> dict[str, str]:
