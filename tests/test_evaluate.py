@@ -72,7 +72,7 @@ def test_a_run_that_is_not_finished_is_no_matter_of_minutes(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "naming"),
     [
-        ("RUN --prompts text", "--prompts text: no method takes it yet"),
+        ("--method zero-shot --prompts text", "--prompts text: the network has learned no texts"),
         ("--method zero-shot --prompts auto", "--prompts auto: the network has to be prompted"),
         ("RUN --prompts auto", "RUN is not a run"),
         ("RUN --prompts clicks", "clicks:N"),

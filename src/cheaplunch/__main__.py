@@ -27,6 +27,7 @@ from cheaplunch.config import (
     NAMES,
     ModelConfig,
     RunConfig,
+    asked_by_text,
     build_config,
     check_prompting,
     override,
@@ -36,7 +37,7 @@ from cheaplunch.config import (
     settings,
 )
 from cheaplunch.errors import Stopped, UserError
-from cheaplunch.prompting import PROMPT_WORDS, read_prompting
+from cheaplunch.prompting import FROM_TRUTH, read_prompting
 
 if typing.TYPE_CHECKING:
     from cheaplunch.runs import RunFolder
@@ -506,8 +507,6 @@ def _assessment(options: Namespace) -> Assessment:
     words = options.prompts or ("auto" if foreign else prompts_for(_model(options)))
     px = (options.box_margin, options.point_jitter, options.box_jitter)
     prompting = read_prompting(words, *px, mask_prompt=not options.no_mask_prompt)
-    if prompting.kind == "text" and not foreign:
-        raise UserError(f"--prompts text: no method takes it yet; choose one of: {', '.join(PROMPT_WORDS)}")
     if options.draws < 1:
         raise UserError(f"--draws is {options.draws}; it must be above 0")
     if options.draws > 1 and not prompting.varies:
@@ -548,7 +547,7 @@ def _evaluate_run(
     config = override(config, here)
     scored: dict[str, dict[str, dict]] = {}  # name → protocol → JSON
     with processes.shared_folder(pick_device(config.device).type == "cpu") as scratch:
-        if baseline and assessment.prompting.kind != "auto":  # which the untuned weights do not take
+        if baseline and assessment.prompting.kind not in ("auto", "text"):  # which the untuned weights do not take
             scored["zero-shot"] = _assess(zero_shot_of(config), None, assessment, scratch / "zero-shot", "zero-shot")
         written = masks or scratch / "masks"
         scored["fine-tuned"] = _assess(config, run, assessment, written, "fine-tuned")
@@ -578,6 +577,7 @@ def _assess(
 ) -> dict[str, dict]:
     from cheaplunch import runtime
     from cheaplunch.models.segmenter import build_segmenter, load_segmenter
+    from cheaplunch.models.text import TextBank
     from cheaplunch.scoring import assess
 
     runtime.keep_freed_memory()
@@ -585,8 +585,9 @@ def _assess(
     device = runtime.pick_device(config.device)
     precision = runtime.pick_precision(config.training.precision, device)
     segmenter = (load_segmenter(config.model, run.adapter) if run else build_segmenter(config.model)).to(device)
+    texts = TextBank.load(run.texts, config.model.clip) if run and asked_by_text(config.model) else None
     with _progress(f"evaluating {name}") as tell:
-        return assess(segmenter, config, assessment, precision, masks, tell)
+        return assess(segmenter, config, assessment, precision, masks, tell, texts)
 
 
 def _result_paths(protocols: typing.Iterable[str], out: Path) -> dict[str, Path]:
@@ -771,7 +772,7 @@ def build_parser() -> ArgumentParser:
 
     sub = verb("finetune")
     sub.add_argument("--method", default="cheap-lunch", help=f"one of: {', '.join(METHODS)} (default: %(default)s)")
-    _add_settings(sub, [name for name in settings() if name != "class_names"], required=False)
+    _add_settings(sub, [name for name in settings() if name not in ("class_names", "text_width")], required=False)
     sub.add_argument("--out", type=Path, required=True, metavar="RUN", help="run folder to make")
     sub.add_argument(
         "--no-synthesis",
@@ -801,8 +802,8 @@ def build_parser() -> ArgumentParser:
     sub.add_argument(
         "--prompts",
         metavar="KIND",
-        help=f"drawn from the truth: {', '.join(PROMPT_WORDS[:-1])}; or auto, nothing, of a method that takes none "
-        "(default: what RUN learned from; zero-shot: furthest); "
+        help=f"drawn from the truth: {', '.join(FROM_TRUTH)}; text, of a network that learned from texts; or auto, "
+        "nothing, of a method that takes none (default: what RUN learned from; zero-shot: furthest); "
         "with --predictions what their tool was given (default: auto)",
     )
     for flag, what in (
@@ -839,7 +840,8 @@ def build_parser() -> ArgumentParser:
         "--prompts",
         metavar="FILE",
         help="clicks and boxes: FILE.json, FILE.mrk.json of 3D Slicer, or a folder with one for each image "
-        "(docs/predict.md); auto: none, for methods that need none",
+        "(docs/predict.md); text: each class by its name, or FILE.json of texts, for networks that learned from texts; "
+        "auto: none, for methods that need none",
     )
     formats = ("same", "nii.gz", "nrrd", "seg")
     sub.add_argument("--format", choices=formats, default="same", help="of the masks (default: %(default)s)")
@@ -850,7 +852,7 @@ def build_parser() -> ArgumentParser:
         help="carry what is found on prompted slices to those around (default: yes)",
     )
     sub.add_argument("--overwrite", action="store_true", help="write masks that are there already once more")
-    _add_settings(sub, ["weights", "device", "precision", "smooth_mm"])
+    _add_settings(sub, ["weights", "clip", "device", "precision", "smooth_mm"])
 
     sub = verb("serve")
     sub.add_argument("run", type=Path, metavar="RUN", help="finished run folder of `cheaplunch finetune`")

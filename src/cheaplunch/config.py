@@ -19,7 +19,7 @@ import yaml
 from cheaplunch.errors import UserError
 from cheaplunch.files import write_text
 from cheaplunch.methods import METHODS, VOLUMETRIC
-from cheaplunch.prompting import PROMPT_WORDS, Prompting
+from cheaplunch.prompting import FROM_TRUTH, Prompting
 
 
 def setting(default: Any, help: str) -> Any:
@@ -82,8 +82,15 @@ class ModelConfig:
     training_prompts: str = setting(
         "point",
         "what it learns to be asked with: point (§2.2), box, clicks:N (one to N of a simulated user who sees the "
-        "answers), or none (for the head classes)",
+        "answers), text (docs/msa.md), or none (for the head classes)",
     )
+    text_file: Path | None = setting(
+        None, "YAML with more texts of the classes, in the form of those that come along (docs/msa.md, Text)"
+    )
+    clip: str = setting(
+        "openai/clip-vit-base-patch32", "CLIP, whose text tower embeds texts: a transformers folder or a hub id"
+    )
+    text_width: int | None = setting(None, "numbers in the embedding of a text; found in CLIP")
     tuning: Literal["lora", "adapter", "decoder", "linear", "full", "none"] = setting(
         "lora",
         "what is trained: LoRA in the encoder beside the decoder, MSA's adapters in both, the decoder alone, one "
@@ -168,7 +175,9 @@ class TrainingConfig:
         0.5, "share of the training points that are furthest from the boundary, as a careful user clicks (paper: 0)"
     )
     empty_share: float = setting(
-        0.0, "share of the images that are slices without organs; for networks without prompts, which must learn them"
+        0.0,
+        "share of the images that are slices without organs; for networks that are asked about every slice and so must "
+        "learn them: without prompts, or by texts (then 0.2, but for the adapter part depth)",
     )
     augmentation: Literal["none", "samed"] = setting(
         "none", "of every sample, synthesized or not, on top: samed is a quarter turn and a flip, or a small rotation"
@@ -241,6 +250,8 @@ def build_config(method: str, values: Mapping[str, Any]) -> RunConfig:
     merged = {**METHODS[method], **values}
     if "depth" in merged.get("adapter_parts", ()):
         merged.setdefault("real_share", 1.0)  # what is pasted is on one slice alone (`_check_slabs`)
+    elif merged.get("training_prompts") == "text":
+        merged.setdefault("empty_share", 0.2)
     known = settings()
     unknown = sorted(merged.keys() - known.keys())
     if unknown:
@@ -305,9 +316,10 @@ def check(config: RunConfig) -> None:
         )
     _check_model(config.model)
     _check_slabs(config)
-    if config.training.empty_share and config.model.head != "classes":
+    if config.training.empty_share and config.model.head != "classes" and config.model.training_prompts != "text":
         raise UserError(
-            "--empty-share: nothing can be asked for on a slice without organs; it goes with --head classes"
+            "--empty-share: nothing can be pointed at on a slice without organs; it goes with --head classes or "
+            "--training-prompts text"
         )
     size = config.model.image_size
     if size is not None and (size < 32 or size % 8):
@@ -325,14 +337,18 @@ def check(config: RunConfig) -> None:
 def _check_model(model: ModelConfig) -> None:
     kind, clicks = training_prompting(model)
     if (
-        kind not in ("point", "box", "clicks", "none")
+        kind not in ("point", "box", "clicks", "text", "none")
         or clicks < 1
         or (kind == "clicks") != (":" in model.training_prompts)
     ):
-        raise UserError(f"--training-prompts {model.training_prompts} is not known; choose: point, box, clicks:N, none")
+        raise UserError(
+            f"--training-prompts {model.training_prompts} is not known; choose: point, box, clicks:N, text, none"
+        )
     if (kind == "none") != (model.head == "classes") and model.tuning != "none":
-        fitting = "none" if model.head == "classes" else "point, box or clicks:N"
+        fitting = "none" if model.head == "classes" else "point, box, clicks:N or text"
         raise UserError(f"--head {model.head} goes with --training-prompts {fitting}, not {model.training_prompts}")
+    if model.text_file is not None and kind != "text":
+        raise UserError("--text-file does nothing without --training-prompts text; add it, or leave the file out")
     if model.tuning == "linear" and model.head != "classes":
         raise UserError("--tuning linear takes no prompts; add --head classes --training-prompts none")
     if model.mask == "best" and model.tuning != "none":
@@ -371,6 +387,11 @@ def training_prompting(model: ModelConfig) -> tuple[str, int]:
     return kind, int(count) if count.isdecimal() else 0 if colon else 1
 
 
+def asked_by_text(model: ModelConfig) -> bool:
+    """Whether it is texts that say what the network is to find."""
+    return model.training_prompts == "text" and model.tuning != "none"
+
+
 def prompts_for(model: ModelConfig) -> str:
     """What `--prompts` is where nothing is said: what the network was trained to be asked with."""
     if model.tuning == "none":
@@ -383,10 +404,15 @@ def check_prompting(model: ModelConfig, prompting: Prompting) -> None:
     free = model.head == "classes" and model.tuning != "none"
     if free and prompting.kind != "auto":
         raise UserError(f"--prompts {prompting}: the network takes no prompts; leave it out, or give --prompts auto")
-    if not free and prompting.kind in ("auto", "text"):
+    if asked_by_text(model) and prompting.kind != "text":
+        raise UserError(f"--prompts {prompting}: the network has learned from texts alone; give --prompts text")
+    if prompting.kind == "text" and not asked_by_text(model):
         raise UserError(
-            f"--prompts {prompting}: the network has to be prompted; choose one of: {', '.join(PROMPT_WORDS[:-1])}"
+            "--prompts text: the network has learned no texts (--training-prompts text); choose one of: "
+            f"{', '.join(FROM_TRUTH)}"
         )
+    if not free and prompting.kind == "auto":
+        raise UserError(f"--prompts auto: the network has to be prompted; choose one of: {', '.join(FROM_TRUTH)}")
 
 
 def as_values(config: RunConfig) -> dict[str, Any]:

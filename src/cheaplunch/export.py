@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from cheaplunch.config import RunConfig, override
+from cheaplunch.config import RunConfig, asked_by_text, override
 from cheaplunch.errors import UserError
 from cheaplunch.files import whole_folder
 from cheaplunch.model_card import describe_run, write_card
@@ -66,9 +66,9 @@ def export(run: RunFolder, format: str, out: Path, weights: Path | None = None, 
     config = run.load_config()
     if not run.finished():
         raise UserError(f"{run.root} is not a finished run; `cheaplunch finetune --resume` with its settings ends it")
-    if config.model.head == "classes" or config.model.tuning == "adapter":
+    if config.model.head == "classes" or config.model.tuning == "adapter" or asked_by_text(config.model):
         raise UserError(
-            f"{run.root} is of --method {config.method}, and only SAM with prompts and without adapters can be "
+            f"{run.root} is of --method {config.method}, and only SAM with points or boxes and without adapters can be "
             "exported so far; `cheaplunch predict` runs it as it is"
         )
     if format == "onnx":

@@ -32,7 +32,8 @@ from cheaplunch.data.volume import Coordinates, Volume, read_volume, write_mask
 from cheaplunch.errors import UserError
 from cheaplunch.merging import Segmentation
 from cheaplunch.models.segmenter import load_segmenter
-from cheaplunch.prediction import Embedded, Predictor, carry, on_slice, segment_auto
+from cheaplunch.models.text import TextBank
+from cheaplunch.prediction import Embedded, Predictor, on_slice, segment_auto, segment_texts
 from cheaplunch.prompts import Prompts
 from cheaplunch.runs import RunFolder, read_json
 
@@ -255,10 +256,10 @@ class OpenCase:
         count, height, width = self.shape
         for (x, y, z), given in zip(corners, mark.corners, strict=True):
             if not (-0.5 <= x < width - 0.5 and -0.5 <= y < height - 0.5 and -0.5 <= z < count - 0.5):
+                grid = self.volume.grid
                 raise UserError(
                     f"{mark.source}: {mark.coordinates} {list(given)} lies outside of {grid.path.name}, which has "
                     f"{' × '.join(map(str, grid.shape))} {'px' if grid.affine is None else 'voxels'}"
-                grid = self.volume.grid
                 )
         numbers = sorted({math.floor(z + 0.5) for _, _, z in corners})
         if len(numbers) > 1:
@@ -308,9 +309,14 @@ class OpenCase:
         merged = Segmentation.of({1: found}, self.shape, (), self._step_mm, self.predictor.smooth_mm)
         return from_slices(merged.label, self.axis)
 
-    def label_unprompted(self, numbers: Sequence[int]) -> np.ndarray:
-        """As `label`, by a network that takes no prompts and whose outputs are the classes `numbers`."""
+    def label_unprompted(self, numbers: Sequence[int], texts: Mapping[int, Tensor] | None = None) -> np.ndarray:
+        """As `label`, by a network that takes no prompts and whose outputs are the classes `numbers`.
+
+        A network that is asked by texts is asked by its own, or by `texts`, which are class number → embedding (E,).
+        """
         case = CaseSlices(self.images, None, self.volume, step_mm=self._step_mm)
+        if texts is not None:
+            return from_slices(segment_texts(self.predictor, case, [texts])[0].label, self.axis)
         return from_slices(segment_auto(self.predictor, case, numbers).label, self.axis)
 
     def write(self, label: np.ndarray, path: Path, names: Mapping[str, int]) -> None:
@@ -409,7 +415,9 @@ class Model:
     channels: int | None
     """That an image must have; None where the run does not say."""
     prompted: bool = True
-    """Whether it takes prompts; otherwise it finds its classes by itself (`OpenCase.label_unprompted`)."""
+    """Whether it takes clicks and boxes; otherwise it finds its classes by itself (`OpenCase.label_unprompted`)."""
+    texts: TextBank | None = None
+    """Of a network that is asked by texts."""
 
     def open(self, images: Sequence[Path], cache: EmbeddingCache | None = None) -> OpenCase:
         """An image, one source a channel. UserError where it is damaged, or not of the kind the run learned from."""
@@ -439,14 +447,19 @@ def open_model(run: RunFolder, config: RunConfig) -> Model:
     precision = runtime.pick_precision(config.training.precision, device)
     segmenter = load_segmenter(config.model, run.adapter).to(device)
     window = Window() if config.data.window is None else Window(*config.data.window)
-    predictor = Predictor(segmenter, precision, config.model.smooth_mm)
-    return Model(predictor, labels, window, config.data.axis, channels, config.model.head != "classes")
+    bank = TextBank.load(run.texts, config.model.clip) if asked_by_text(config.model) else None
+    predictor = Predictor(segmenter, precision, config.model.smooth_mm, bank.ask_names(labels) if bank else None)
+    prompted = config.model.head != "classes" and bank is None
+    return Model(predictor, labels, window, config.data.axis, channels, prompted, bank)
 
 
 def _classes_and_channels(run: RunFolder, config: RunConfig) -> tuple[dict[str, int], int | None]:
     """As the run says, else as the images that it learned from do."""
     said = read_json(run.environment) if run.environment.is_file() else {}
     labels, channels = said.get("labels"), said.get("channels")
+    numbered = labels is None or (isinstance(labels, dict) and all(isinstance(k, int) for k in labels.values()))
+    if not numbered or not isinstance(channels, int | None):
+        raise UserError(f"{run.environment} is damaged (labels or channels); restore the file, or train anew")
     try:
         if labels is None or channels is None:
             dataset = take_classes(open_dataset(config.data.data), config.data.classes)
@@ -456,8 +469,5 @@ def _classes_and_channels(run: RunFolder, config: RunConfig) -> tuple[dict[str, 
             raise UserError(
                 f"{run.environment} does not name the classes, and the images are no longer at {config.data.data}; "
                 "put them back there, or train anew"
-    numbered = labels is None or (isinstance(labels, dict) and all(isinstance(k, int) for k in labels.values()))
-    if not numbered or not isinstance(channels, int | None):
-        raise UserError(f"{run.environment} is damaged (labels or channels); restore the file, or train anew")
             ) from None
     return dict(labels), channels

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cheaplunch.config import RunConfig, SynthesisConfig, slab_slices
+from cheaplunch.config import RunConfig, SynthesisConfig, asked_by_text, slab_slices
 from cheaplunch.data.cases import CaseSlices, load_case
 from cheaplunch.data.index import Progress, SliceIndex, in_order, index_slices
 from cheaplunch.data.layouts import Case, Dataset, open_dataset
@@ -33,6 +33,7 @@ from cheaplunch.exemplars import (
 from cheaplunch.methods import VOLUMETRIC
 from cheaplunch.models.depth import slab_showing
 from cheaplunch.models.segmenter import training_size_px
+from cheaplunch.models.text import TextBank
 from cheaplunch.runtime import pick_device
 from cheaplunch.sample_sets import StoredSamples, open_samples, write_samples
 from cheaplunch.synthesis import (
@@ -46,6 +47,7 @@ from cheaplunch.synthesis import (
     render,
     synthesize,
 )
+from cheaplunch.texts import read_phrasings
 
 MAX_BACKGROUNDS = 64  # drawn at random where there are more: enough variety, bounded memory
 SMALL_IMAGE_PX = 96  # up to here the backbone's input is halved: enlarging further adds cost, not detail
@@ -121,6 +123,7 @@ class Material:
     validation: list[Case]  # training cases that take no part in training
     stored: StoredSamples | None = None  # the set, where it is taken from the disk
     slabs: Slabs | None = None  # for a network that sees several slices at once
+    texts: TextBank | None = None  # for a network that is asked by texts
 
     def samples(self, indices: Sequence[int]) -> Batch:
         """Samples of the set by number: made as they are needed, or read where the set is on the disk."""
@@ -184,9 +187,13 @@ def choose_exemplars(config: RunConfig, progress: Progress | None = None) -> tup
     return dataset, index, exemplars
 
 
-def prepare(config: RunConfig, progress: Progress | None = None) -> Material:
-    """Chooses the exemplars and backgrounds and loads them into the network's frame; `progress` is the index's."""
+def prepare(config: RunConfig, progress: Progress | None = None, texts: Path | None = None) -> Material:
+    """Chooses the exemplars and backgrounds and loads them into the network's frame; `progress` is the index's.
+
+    `texts` is where a run may have kept its texts already.
+    """
     dataset, index, exemplars = choose_exemplars(config, progress)
+    bank = _open_texts(config, dataset, texts) if asked_by_text(config.model) else None
     cases = {case.id: case for case in dataset.split("train")}
     free = background_slices(index)
     if len(free) > MAX_BACKGROUNDS:
@@ -213,8 +220,9 @@ def prepare(config: RunConfig, progress: Progress | None = None) -> Material:
     fixed = None if window.low is None or window.high is None else (window.low, window.high)
     data = replace(config.data, window=fixed, exemplars=len(exemplars))
     names = tuple(dataset.labels) if config.model.head == "classes" else None
-    resolved = replace(config, data=data, model=replace(config.model, image_size=size, class_names=names))
-    material = Material(resolved, dataset, index, exemplars, pool, split_validation(config, dataset)[1])
+    model = replace(config.model, image_size=size, class_names=names, text_width=bank.width if bank else None)
+    resolved = replace(config, data=data, model=model)
+    material = Material(resolved, dataset, index, exemplars, pool, split_validation(config, dataset)[1], texts=bank)
     if config.synthesis.synthetic_set is not None:
         material = replace(material, stored=_open_set(material))
     if not around:
@@ -229,6 +237,14 @@ def prepare(config: RunConfig, progress: Progress | None = None) -> Material:
         rows={key: row for row, key in enumerate(around)},
     )
     return replace(material, slabs=slabs)
+
+
+def _open_texts(config: RunConfig, dataset: Dataset, kept: Path | None) -> TextBank:
+    """The texts that the run keeps, or those of its classes, embedded now."""
+    if kept is not None and TextBank.kept(kept):
+        return TextBank.load(kept, config.model.clip)
+    rng = np.random.default_rng(derive_seed(config.seed, "texts"))
+    return TextBank.embedded(read_phrasings(list(dataset.labels), config.model.text_file, rng), config.model.clip)
 
 
 def write_set(material: Material, folder: Path, count: int, progress: Callable[[int, int], None] | None = None) -> None:

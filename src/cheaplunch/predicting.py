@@ -20,7 +20,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from cheaplunch.config import RunConfig
+from cheaplunch.config import RunConfig, asked_by_text
 from cheaplunch.data import dicom
 from cheaplunch.data.conventions.dicoms import is_dicom, series_names, series_sources
 from cheaplunch.data.dataset import Folder
@@ -30,7 +30,7 @@ from cheaplunch.data.recipes import find_recipe
 from cheaplunch.data.volume import Grid, source_files
 from cheaplunch.errors import UserError
 from cheaplunch.interactive import Box, Mark, Model, OpenCase, Prompt, open_model, quality_of
-from cheaplunch.prompt_files import ANY_IMAGE, read_prompts
+from cheaplunch.prompt_files import ANY_IMAGE, Given, TextPrompt, read_prompts, read_texts
 from cheaplunch.runs import RunFolder
 
 Format = Literal["nii.gz", "nrrd", "seg", "same"]
@@ -188,7 +188,7 @@ def _find_series(folder: Path) -> tuple[list[dicom.Series], list[str]]:
 # --- which prompts ---------------------------------------------------------------------------------------------------
 
 
-def assign(prompts: Mapping[str, Sequence[Mark]], images: Sequence[Image]) -> tuple[dict[str, list[Mark]], list[str]]:
+def assign(prompts: Mapping[str, Sequence[Given]], images: Sequence[Image]) -> tuple[dict[str, list[Given]], list[str]]:
     """Image name → its marks, and names in the file of prompts that no image has.
 
     UserError where a name could mean several images, or the file is for one image and there are more.
@@ -203,7 +203,7 @@ def assign(prompts: Mapping[str, Sequence[Mark]], images: Sequence[Image]) -> tu
     for image in images:
         for other in set(image.called):
             by_other[other].append(image)
-    assigned: dict[str, list[Mark]] = {}
+    assigned: dict[str, list[Given]] = {}
     unknown = []
     for name, marks in prompts.items():
         meant = images if name == ANY_IMAGE else [by_name[name]] if name in by_name else by_other[name]
@@ -226,7 +226,7 @@ class Request:
     inputs: tuple[Path, ...]
     out: Path
     prompts: str | None = None
-    """A file or folder of prompts, or 'auto'."""
+    """A file or folder of prompts, or 'auto', or 'text'."""
     format: Format = "same"
     propagate: bool = True
     """Carry what was found on prompted slices to those around."""
@@ -242,22 +242,14 @@ def predict(run: RunFolder, config: RunConfig, request: Request, progress: Progr
     """
     if request.out.is_file():
         raise UserError(f"--out {request.out} is a file; give a folder")
-    file = None if request.prompts in (None, "auto") else Path(request.prompts)
-    if file is None and config.model.head != "classes":
-        raise UserError(
-            f"--prompts {request.prompts or 'is missing'}: {run.root} segments what it is pointed at; give a file "
-            "of clicks, FILE.json or 3D Slicer's FILE.mrk.json (docs/predict.md)"
-        )
-    if file is not None and config.model.head == "classes":
-        raise UserError(
-            f"--prompts {file}: {run.root} finds its classes by itself; leave it out, or give --prompts auto"
-        )
+    file = _file_of_prompts(run, config, request.prompts)
     model = open_model(run, config)
-    prompts = None if file is None else read_prompts(file, model.labels)
+    read = read_prompts if model.texts is None else read_texts
+    prompts = None if file is None else read(file, model.labels)
     images, failed = find_images(request.inputs, model.channels, request.out)
     if not images and len(failed) == 1:
         raise UserError(failed[0])  # there are no others to go on with
-    assigned, unknown = assign(prompts, images) if prompts is not None and images else ({}, [])
+    assigned, unknown = _assign(prompts or {}, images, model) if images else ({}, [])
     if images and prompts is not None and not any(assigned.values()):
         raise UserError(_nothing_asked(f"--prompts {file}", unknown, images))
     outcome = Outcome(failed=failed, unknown=unknown)
@@ -267,7 +259,7 @@ def predict(run: RunFolder, config: RunConfig, request: Request, progress: Progr
         if progress is not None and done:  # so that what is wrong with the first stands alone
             progress(done, len(images))
         marks = assigned.get(image.name, [])
-        if model.prompted and not marks:
+        if prompts is not None and not marks:
             outcome.unprompted.append(image.name)
             continue
         name = target.relative_to(request.out).as_posix()
@@ -298,6 +290,39 @@ def predict(run: RunFolder, config: RunConfig, request: Request, progress: Progr
     return outcome
 
 
+def _file_of_prompts(run: RunFolder, config: RunConfig, said: str | None) -> Path | None:
+    """What `--prompts` names, or None where there is nothing to read. UserError where the network is not asked so."""
+    file = None if said in (None, "auto", "text") else Path(said)
+    if asked_by_text(config.model):
+        if said == "auto":
+            raise UserError(f"--prompts auto: {run.root} is asked by texts; give --prompts text, or FILE.json of texts")
+        return file
+    if said == "text":
+        raise UserError(f"--prompts text: {run.root} has learned no texts (--training-prompts text); leave it out")
+    if file is None and config.model.head != "classes":
+        raise UserError(
+            f"--prompts {said or 'is missing'}: {run.root} segments what it is pointed at; give a file "
+            "of clicks, FILE.json or 3D Slicer's FILE.mrk.json (docs/predict.md)"
+        )
+    if file is not None and config.model.head == "classes":
+        raise UserError(
+            f"--prompts {file}: {run.root} finds its classes by itself; leave it out, or give --prompts auto"
+        )
+    return file
+
+
+def _assign(
+    prompts: Mapping[str, Sequence[Any]], images: Sequence[Image], model: Model
+) -> tuple[dict[str, list[Any]], list[str]]:
+    """As `assign`. Texts that name no image are for every one; all are embedded now, before minutes of work."""
+    if model.texts is not None:
+        if texts := [one.text for of_image in prompts.values() for one in of_image]:
+            model.texts.vectors(texts)
+        if ANY_IMAGE in prompts:
+            return {image.name: list(prompts[ANY_IMAGE]) for image in images}, []
+    return assign(prompts, images)
+
+
 def _nothing_asked(source: str, unknown: Sequence[str], images: Sequence[Image]) -> str:
     """Why prompts that no image has any of are a mistake."""
     if not unknown:
@@ -311,7 +336,7 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + ", …" * (len(names) > 3)
 
 
-def _segment(model: Model, case: OpenCase, marks: Sequence[Mark], propagate: bool) -> tuple[np.ndarray, dict[str, Any]]:
+def _segment(model: Model, case: OpenCase, marks: Sequence[Any], propagate: bool) -> tuple[np.ndarray, dict[str, Any]]:
     """The label map (Z, Y, X), and of it the voxels of each class, how sure the network was, and the time taken."""
     started = time.perf_counter()
     about: dict[str, Any] = {}
@@ -323,7 +348,9 @@ def _segment(model: Model, case: OpenCase, marks: Sequence[Mark], propagate: boo
         label = case.label(answers)
         about["quality"] = {k: None if q is None else round(q, 4) for k, q in quality_of(answers, model.labels).items()}
     else:
-        label = case.label_unprompted(list(model.labels.values()))
+        texts = {model.labels[one.class_name]: one.text for one in marks}
+        asked = model.texts.ask(texts) if model.texts and texts else None
+        label = case.label_unprompted(list(model.labels.values()), asked)
     voxels = {name: int(np.count_nonzero(label == number)) for name, number in model.labels.items()}
     return label, {"voxels": voxels, **about, "seconds": round(time.perf_counter() - started, 2)}
 
@@ -376,11 +403,16 @@ def _append(said: dict[str, Any], path: Path) -> None:
         file.write(json.dumps(said, ensure_ascii=False) + "\n")
 
 
-def _made_from(made_by: Sequence[Any], image: Image, marks: Sequence[Mark], propagate: bool) -> str:
+def _made_from(made_by: Sequence[Any], image: Image, marks: Sequence[Mark | TextPrompt], propagate: bool) -> str:
     """sha256 (hex) of all that a mask follows from. Of files it is their names and sizes: they may be moved."""
     paths = image.files or [path for source in image.sources for path in source_files(source)]
     files = [(path.name, path.stat().st_size) for path in paths]
-    asked = [(mark.class_name, mark.coordinates, mark.corners, mark.positive) for mark in marks]
+    asked = [
+        (mark.class_name, mark.text)
+        if isinstance(mark, TextPrompt)
+        else (mark.class_name, mark.coordinates, mark.corners, mark.positive)
+        for mark in marks
+    ]
     return hashlib.sha256(json.dumps([made_by, files, asked, propagate]).encode()).hexdigest()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cheaplunch.data.cases import CaseSlices
 from cheaplunch.carrying import carry
+from cheaplunch.data.cases import CaseSlices
 from cheaplunch.data.slices import Frame, as_rgb
 from cheaplunch.errors import UserError
-from cheaplunch.merging import Found, Segmentation, smooth_scores
+from cheaplunch.merging import CERTAIN, Found, Segmentation, merge_classes, smooth_scores
 from cheaplunch.models.depth import embed_slice, slabs_a_slice
 from cheaplunch.models.segmenter import Segmenter
 from cheaplunch.prompting import Prompting, PromptKind
@@ -40,9 +41,19 @@ class Embedded:
 class Predictor:
     """A segmenter with the image ↔ network geometry around it. Predictions never need gradients or a label."""
 
-    def __init__(self, segmenter: Segmenter, precision: Precision = "fp32", smooth_mm: float = 0.0):
-        """`smooth_mm`: how far an organ's slices steady each other (`smooth_across`)."""
+    def __init__(
+        self,
+        segmenter: Segmenter,
+        precision: Precision = "fp32",
+        smooth_mm: float = 0.0,
+        texts: Mapping[int, Tensor] | None = None,
+    ):
+        """`smooth_mm`: how far an organ's slices steady each other (`smooth_across`).
+
+        `texts`: of a network that is asked by texts, class number → (E,) of what asks for it where nothing is said.
+        """
         self.segmenter = segmenter.eval()
+        self.texts = texts
         self.smooth_mm = smooth_mm
         self.device = next(segmenter.parameters()).device
         self._precision: Precision = precision
@@ -146,15 +157,19 @@ def segment_draws(
     rngs: Sequence[np.random.Generator],
     keep: Sequence[int] = (),
     numbers: Sequence[int] = (),
+    texts: Sequence[Mapping[int, Tensor]] = (),
 ) -> list[Segmentation]:
     """A labelled case, prompted from its truth once with each of `rngs`; probabilities of the classes `keep` are kept.
 
     The prompts also tell which classes a slice has: slices without any stay empty, and are not looked at. So do
     results say. With one-click they tell it of the volume alone (`carry_click`). With auto there are none, and
-    `numbers` are what the network's classes are called (`segment_auto`).
+    `numbers` are what the network's classes are called (`segment_auto`). With text there is one of `texts` for each
+    draw (`segment_texts`).
     """
     if prompting.kind == "auto":
         return [segment_auto(predictor, case, numbers, keep)] * len(rngs)
+    if prompting.kind == "text":
+        return segment_texts(predictor, case, texts, keep)
     truth = _truth(case)
     if prompting.kind == "one-click":
         return [carry_click(predictor, case, rng, prompting.point_jitter_px, keep) for rng in rngs]
@@ -180,9 +195,11 @@ def segment_auto(
     """Every slice of a case, labelled or not, by a network of classes, whose outputs 1…K are called `numbers`.
 
     A pixel is what is likeliest there, the background among it. Slices of a volume steady each other as they do where
-    they are prompted: the logarithms of probabilities are averaged. Raises UserError for a single slice where the
-    network needs several.
+    they are prompted: the logarithms of probabilities are averaged. A network that is asked by texts is asked for each
+    of the `numbers` by the predictor's text of it. Raises UserError for a single slice where the network needs several.
     """
+    if predictor.texts is not None:
+        return segment_texts(predictor, case, [{k: predictor.texts[k] for k in numbers}], keep)[0]
     if predictor.segmenter.needs_volumes and len(case.image) == 1:
         raise UserError(f"{case.volume.grid.path} has one slice, and this network sees volumes; take a 2-D one")
     (count, _, height, width), outputs = case.image.shape, (0, *numbers)
@@ -202,6 +219,36 @@ def _scores(predictor: Predictor, images: np.ndarray) -> Iterator[np.ndarray]:
     """Slices (N, C, H, W) → of each the logarithms of its outputs' probabilities, (K + 1, s, s)."""
     for embedded in predictor.embed_each(images, range(len(images))):
         yield predictor.classes(embedded).log_softmax(dim=0).cpu().numpy()
+
+
+def segment_texts(
+    predictor: Predictor, case: CaseSlices, texts: Sequence[Mapping[int, Tensor]], keep: Sequence[int] = ()
+) -> list[Segmentation]:
+    """Every slice of a case, labelled or not, asked by each of D `texts`, which are class number → embedding (E,).
+
+    All have the same classes. Every class is asked for on every slice, whether it is there or not. Where two claim a
+    pixel the likelier has it; slices of a volume steady each other's logits, as where they are pointed at.
+    """
+    numbers, (count, _, height, width) = list(texts[0]), case.image.shape
+    prompts = Prompts(texts=torch.stack([own[k] for own in texts for k in numbers])[None])  # (1, D · K, E)
+    frame, shape = Frame(height, width, predictor.segmenter.image_size_px), (count, height, width)
+    labels = np.zeros((len(texts), *shape), np.uint8)
+    probabilities = np.zeros((len(texts), len(keep), *shape), np.float16)
+    logits = (
+        predictor.logits(embedded, prompts).clamp(-MOST_SURE, MOST_SURE).cpu().numpy()  # (D · K, s, s)
+        for embedded in predictor.embed_each(case.image, range(count))
+    )
+    for number, steadied in enumerate(smooth_scores(logits, case.step_mm, predictor.smooth_mm)):
+        found = frame.from_model(torch.from_numpy(steadied)).sigmoid().numpy()  # (D · K, H, W)
+        for draw, own in enumerate(found.reshape(len(texts), len(numbers), height, width)):
+            labels[draw, number] = merge_classes(own, numbers)
+            for place, k in enumerate(keep):
+                if k in numbers:
+                    probabilities[draw, place, number] = own[numbers.index(k)]
+    return [Segmentation({1: label}, kept) for label, kept in zip(labels, probabilities, strict=True)]
+
+
+MOST_SURE = math.log((1 - CERTAIN) / CERTAIN)  # a logit, either way, so that one slice does not outvote its neighbours
 
 
 def reported_clicks(prompting: Prompting) -> list[int]:

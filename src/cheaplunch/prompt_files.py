@@ -5,7 +5,10 @@ Ours is one object, image name → list of entries, or for one image that list a
     {"class": NAME, "voxel": [i, j, k], "label": 1}                    a click; label 0 is off the target (default: 1)
     {"class": NAME, "box": {"voxel": [[i, j, k], [i, j, k]]}}          a box by two opposite corners, both inside it
 
-`world_ras` or `world_lps` may stand for `voxel`. A picture's voxels are [x, y].
+`world_ras` or `world_lps` may stand for `voxel`. A picture's voxels are [x, y]. A network that is asked by texts takes
+these instead, and a list alone is then for every image:
+
+    {"class": NAME, "text": "the large organ on the right"}
 """
 
 from __future__ import annotations
@@ -13,9 +16,10 @@ from __future__ import annotations
 import json
 import re
 import typing
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from cheaplunch.data.volume import Coordinates
 from cheaplunch.errors import UserError
@@ -29,18 +33,51 @@ _SPACES = typing.get_args(Coordinates)
 _NO_PLACE = 1e9  # nor are inf, NaN and whole numbers of hundreds of digits, which JSON has too
 
 
+@dataclass(frozen=True)
+class TextPrompt:
+    """What a class is asked for with, on every slice of an image."""
+
+    class_name: str
+    text: str
+    source: str = field(default="a prompt", compare=False)
+    """What messages call it."""
+
+
+Given = TypeVar("Given", Mark, TextPrompt)
+
+
 def read_prompts(path: Path, classes: Collection[str]) -> dict[str, list[Mark]]:
     """Image name → its marks; ANY_IMAGE where the file does not say which.
 
     Of a folder each file in it, named NAME.json or NAME.mrk.json as the image NAME is. UserError, one line that names
     the file and the entry, for anything that does not follow the format or names none of the `classes`.
     """
+    return _read(path, classes, _mark)
+
+
+def read_texts(path: Path, classes: Collection[str]) -> dict[str, list[TextPrompt]]:
+    """As `read_prompts`, of texts; UserError also where a class has two for one image."""
+    found = _read(path, classes, _text)
+    for texts in found.values():
+        asked = set[str]()
+        for one in texts:
+            if one.class_name in asked:
+                raise UserError(f"{one.source}: {one.class_name} has a text for this image already; leave one")
+            asked.add(one.class_name)
+    return found
+
+
+ReadEntry = Callable[[str, Any, Collection[str]], Given]
+"""(What messages call it, an entry, the classes) → what it says; UserError where that is nothing."""
+
+
+def _read(path: Path, classes: Collection[str], entry: ReadEntry[Given]) -> dict[str, list[Given]]:
     if not path.is_dir():
-        return _read_file(path, classes)
-    marks: dict[str, list[Mark]] = {}
+        return _read_file(path, classes, entry)
+    marks: dict[str, list[Given]] = {}
     for file in sorted(p for p in path.iterdir() if p.name.endswith(".json") and not p.name.startswith(".")):
         image = file.name.removesuffix(".json").removesuffix(".mrk")
-        for name, of_image in _read_file(file, classes).items():
+        for name, of_image in _read_file(file, classes, entry).items():
             if name not in (ANY_IMAGE, image):
                 raise UserError(f"{file} is for the image {name!r}; in a folder of prompts give each image a file")
             marks.setdefault(image, []).extend(of_image)
@@ -49,7 +86,7 @@ def read_prompts(path: Path, classes: Collection[str]) -> dict[str, list[Mark]]:
     return marks
 
 
-def _read_file(path: Path, classes: Collection[str]) -> dict[str, list[Mark]]:
+def _read_file(path: Path, classes: Collection[str], read_entry: ReadEntry[Given]) -> dict[str, list[Given]]:
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_unique)
     except FileNotFoundError:
@@ -57,7 +94,9 @@ def _read_file(path: Path, classes: Collection[str]) -> dict[str, list[Mark]]:
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"--prompts {path} is no JSON: {error}") from None
     if isinstance(content, dict) and "markups" in content:
-        return {ANY_IMAGE: _slicer_marks(path, content["markups"], classes)}
+        if read_entry is not _mark:
+            raise UserError(f"--prompts {path} has points, and the run is asked by texts: {_TEXT_FORM}")
+        return {ANY_IMAGE: _slicer_marks(path, content["markups"], classes)}  # pyright: ignore[reportReturnType]
     if isinstance(content, list):
         content = {ANY_IMAGE: content}
     if not isinstance(content, dict) or not all(isinstance(entries, list) for entries in content.values()):
@@ -65,7 +104,9 @@ def _read_file(path: Path, classes: Collection[str]) -> dict[str, list[Mark]]:
     marks = {}
     for image, entries in content.items():
         of = f" of {image!r}" if image else ""
-        marks[image] = [_mark(f"{path}, entry {n}{of}", entry, classes) for n, entry in enumerate(entries, start=1)]
+        marks[image] = [
+            read_entry(f"{path}, entry {n}{of}", entry, classes) for n, entry in enumerate(entries, start=1)
+        ]
     return marks
 
 
@@ -80,11 +121,30 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 # --- our own ---------------------------------------------------------------------------------------------------------
 
 
-def _mark(source: str, entry: Any, classes: Collection[str]) -> Mark:
+_MARK_FORM = "write {'class': NAME, 'voxel': [i, j, k]}"
+_TEXT_FORM = "write {'class': NAME, 'text': 'what it is'}"
+
+
+def _text(source: str, entry: Any, classes: Collection[str]) -> TextPrompt:
+    name = _class_in(source, entry, classes, _TEXT_FORM)
+    text = entry.get("text")
+    if entry.keys() != {"class", "text"} or not isinstance(text, str) or not text.strip():
+        raise UserError(f"{source}: the run is asked by texts; {_TEXT_FORM}")
+    return TextPrompt(name, " ".join(text.split()), source)
+
+
+def _class_in(source: str, entry: Any, classes: Collection[str], form: str) -> str:
     if not isinstance(entry, dict):
-        raise UserError(f"{source} is no object; write {{'class': NAME, 'voxel': [i, j, k]}}")
+        raise UserError(f"{source} is no object; {form}")
     if not isinstance(entry.get("class"), str) or entry["class"] not in classes:
         raise UserError(f'{source}: "class" is {entry.get("class")!r}; choose of: {", ".join(classes)}')
+    return entry["class"]
+
+
+def _mark(source: str, entry: Any, classes: Collection[str]) -> Mark:
+    name = _class_in(source, entry, classes, _MARK_FORM)
+    if "text" in entry:
+        raise UserError(f"{source} has a text, and the run has learned none (--training-prompts text); {_MARK_FORM}")
     unknown = sorted(entry.keys() - {"class", "label", "box", *_SPACES})
     if unknown:
         raise UserError(f"{source} has {unknown[0]!r}, which says nothing here; leave it out")
@@ -96,7 +156,7 @@ def _mark(source: str, entry: Any, classes: Collection[str]) -> Mark:
         raise UserError(f'{source}: "label" is {label!r}; 1 is on the target, 0 off it')
     if places != ["box"]:
         place = _place(source, entry[places[0]], places[0])
-        return Mark(entry["class"], places[0], (place,), bool(label), source)
+        return Mark(name, places[0], (place,), bool(label), source)
     box = entry["box"]
     if not (isinstance(box, dict) and len(box) == 1 and next(iter(box)) in _SPACES):
         raise UserError(f"{source}: a box is {{'voxel': [[i, j, k], [i, j, k]]}}, or world_ras or world_lps")
@@ -106,7 +166,7 @@ def _mark(source: str, entry: Any, classes: Collection[str]) -> Mark:
     if not (isinstance(corners, list) and len(corners) == 2):
         raise UserError(f"{source}: a box has two opposite corners")
     first, second = (_place(source, corner, coordinates) for corner in corners)
-    return Mark(entry["class"], coordinates, (first, second), source=source)
+    return Mark(name, coordinates, (first, second), source=source)
 
 
 def _place(source: str, numbers: Any, coordinates: str) -> tuple[float, ...]:

@@ -10,8 +10,9 @@ from typing import Literal
 from cheaplunch.errors import UserError
 
 PromptKind = Literal["furthest", "random", "box", "clicks", "one-click", "text", "auto"]
-PROMPT_WORDS = ("furthest", "random", "box", "clicks:N", "one-click", "auto")
-"""What `--prompts` takes; no method takes text yet."""
+PROMPT_WORDS = ("furthest", "random", "box", "clicks:N", "one-click", "text", "auto")
+"""What `--prompts` takes."""
+FROM_TRUTH = PROMPT_WORDS[:-2]
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,8 @@ class Prompting:
 
     furthest, random, box: from the truth of each class and slice its point furthest from the boundary, a random
     point, its tight box. clicks: so many of a simulated user, for each class and slice. one-click: one point a class
-    and volume, carried through it. text, auto: class names, nothing; not from the truth. All px are the image's own.
+    and volume, carried through it. text: every class on every slice, by a text of its own that the network has not
+    learned from; auto: nothing. Neither is from the truth. All px are the image's own.
     mask_prompt: after the first of several clicks the network is also shown its last answer.
     """
 
@@ -47,7 +49,7 @@ class Prompting:
     def varies(self) -> bool:
         """Whether another draw gives other prompts."""
         jitter_px = self.box_jitter_px if self.kind == "box" else self.point_jitter_px
-        return self.kind in ("random", "clicks") or jitter_px > 0
+        return self.kind in ("random", "clicks", "text") or jitter_px > 0
 
 
 def read_prompting(

@@ -23,14 +23,15 @@ class Prompts:
     """P prompts on each of B images, in px of the network's input; all of one kind and count.
 
     `points_xy` (B, P, K, 2) with `point_labels` (B, P, K), 1 on the target and 0 off it; or `boxes_xyxy` (B, P, 4),
-    both corners inside; one of the two is None. `masks` (B, P, s, s) are the logits that the network gave before, as
-    it gave them, which a prompt may go on from.
+    both corners inside; or `texts` (B, P, E), their embeddings (`models.text`); the others are None. `masks`
+    (B, P, s, s) are the logits that the network gave before, as it gave them, which a prompt may go on from.
     """
 
     points_xy: Tensor | None = None
     point_labels: Tensor | None = None
     boxes_xyxy: Tensor | None = None
     masks: Tensor | None = None
+    texts: Tensor | None = None
 
     @classmethod
     def of_points(cls, points_xy: Tensor) -> Prompts:
@@ -45,7 +46,7 @@ class Prompts:
         return self._each(lambda tensor: tensor[images])
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Prompts:
-        fields = (self.points_xy, self.point_labels, self.boxes_xyxy, self.masks)
+        fields = (self.points_xy, self.point_labels, self.boxes_xyxy, self.masks, self.texts)
         return Prompts(*(None if tensor is None else change(tensor) for tensor in fields))
 
 

@@ -45,6 +45,11 @@ class RunFolder:
         return self.root / "adapter"
 
     @property
+    def texts(self) -> Path:
+        """What it is asked with, where it has learned from texts."""
+        return self.root / "texts"
+
+    @property
     def checkpoint(self) -> Path:
         return self.root / "checkpoint"
 
@@ -70,11 +75,6 @@ class RunFolder:
         return (self.adapter / "adapter_model.safetensors").is_file()
 
 
-def describe_environment(
-    config: RunConfig, device: torch.device, precision: str, facts: dict[str, Any]
-) -> dict[str, Any]:
-    """Versions, machine, seed and what the run found out about its data: enough to ask for the same again."""
-    versions = {}
 def read_json(path: Path) -> dict[str, Any]:
     """What a JSON file of a run says; UserError where it is damaged, or not an object."""
     try:
@@ -86,6 +86,11 @@ def read_json(path: Path) -> dict[str, Any]:
     return said
 
 
+def describe_environment(
+    config: RunConfig, device: torch.device, precision: str, facts: dict[str, Any]
+) -> dict[str, Any]:
+    """Versions, machine, seed and what the run found out about its data: enough to ask for the same again."""
+    versions = {}
     for package in _PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)

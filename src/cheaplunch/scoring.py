@@ -21,6 +21,7 @@ from cheaplunch.evaluation.protocols import Score, find_protocol, score_labels
 from cheaplunch.evaluation.tables import CaseScore, summarise
 from cheaplunch.material import pick_window
 from cheaplunch.models.segmenter import Segmenter
+from cheaplunch.models.text import TextBank
 from cheaplunch.prediction import Predictor, segment_draws
 from cheaplunch.prompting import Prompting
 from cheaplunch.runtime import Precision
@@ -100,10 +101,12 @@ def assess(
     precision: Precision,
     masks: Path,
     progress: Progress | None = None,
+    texts: TextBank | None = None,
 ) -> dict[str, dict]:
     """Predicts every labelled test case into `masks`; protocol → the JSON of DESIGN §1.
 
-    Scores are of the merged label maps as written; of several draws of prompts the first is. UserError where the
+    Scores are of the merged label maps as written; of several draws of prompts the first is. A network that is asked by
+    texts is asked by those of `texts` that were held out, in each draw by others. UserError where the
     network cannot be asked as `assessment` wants. Under `accelerate launch`
     or `torchrun` the processes share the cases and each returns the whole.
     """
@@ -112,13 +115,15 @@ def assess(
     predictor = Predictor(segmenter, precision, config.model.smooth_mm)
     axis = config.data.axis
     numbers = output_numbers(config, dataset) if assessment.prompting.kind == "auto" else []
+    wordings = texts.phrasings.tests(dataset.labels, assessment.draws) if texts else []  # one a draw
+    asked = [texts.ask({dataset.labels[k]: text for k, text in own.items()}) for own in wordings] if texts else []
     needed = any(find_protocol(name).needs_probabilities for name in assessment.protocols)
     keep = list(dataset.labels.values()) if needed else []
 
     def predict(case: Case) -> Answer:
         loaded = load_case(case, dataset, window, axis)
         rngs = [np.random.default_rng(_prompt_seed(assessment, case, draw)) for draw in range(assessment.draws)]
-        drawn = segment_draws(predictor, loaded, assessment.prompting, rngs, keep, numbers)
+        drawn = segment_draws(predictor, loaded, assessment.prompting, rngs, keep, numbers, asked)
         masks.mkdir(parents=True, exist_ok=True)
         write_mask(from_slices(drawn[0].label, axis), loaded.volume, masks / case.mask_name)
         truth: np.ndarray = loaded.label  # pyright: ignore[reportAssignmentType]
@@ -137,6 +142,9 @@ def assess(
     about["smooth_mm"] = config.model.smooth_mm
     if config.model.mask != "single":
         about["mask"] = config.model.mask
+    if texts is not None:
+        about["texts"] = {name: [own[name] for own in wordings] for name in dataset.labels}
+        about["texts_held_out"] = {name: bool(texts.phrasings.held_out.get(name)) for name in dataset.labels}
     return _score(dataset, assessment, predict, about, predictor.device.type == "cpu", progress)
 
 
@@ -172,6 +180,9 @@ def find_mask(folder: Path, case: Case) -> Path:
     names = dict.fromkeys([case.mask_name, *(case.id + suffix for suffix in SUFFIXES)])
     found = [folder / name for name in names if (folder / name).is_file()]
     if not found:
+        below = sorted(folder.rglob("*"))
+        found = [p for p in below if p.relative_to(folder).as_posix().replace("/", "_") in names and p.is_file()]
+    if not found:
         raise UserError(f"{folder / case.mask_name} is missing: there is no mask of test case {case.id}")
     if len(found) > 1:
         both = " and ".join(path.relative_to(folder).as_posix() for path in found[:2])
@@ -180,9 +191,6 @@ def find_mask(folder: Path, case: Case) -> Path:
 
 
 def _score(
-    if not found:
-        below = sorted(folder.rglob("*"))
-        found = [p for p in below if p.relative_to(folder).as_posix().replace("/", "_") in names and p.is_file()]
     dataset: Dataset,
     assessment: Assessment,
     answer: Callable[[Case], Answer],

@@ -67,7 +67,7 @@ def finetune(
     if resume and run.finished():
         _check_same(config, run, prepared=False)
         return run
-    material = prepare(config, reading)
+    material = prepare(config, reading, run.texts)
     config = material.config
     learner = Learner(config, accelerator)
     require_space(out, learner.segmenter)
@@ -86,6 +86,8 @@ def finetune(
     }
     if accelerator.is_main_process:
         _claim(run, config, resume)
+        if material.texts is not None:
+            material.texts.save(run.texts)
         write_exemplars(run.exemplars, material.index, material.exemplars)
         synthesis_sheet(material.pool, preview(material), list(material.dataset.labels), run.preview)
         write_json(describe_environment(config, learner.device, learner.precision, facts), run.environment)
@@ -165,12 +167,15 @@ def validate(learner: Learner, material: Material) -> float:
     A class that is in neither mask is left out; the processes share the cases.
     """
     predictor = Predictor(learner.segmenter, learner.precision, material.config.model.smooth_mm)
-    prompting, numbers = read_prompting(prompts_for(material.config.model)), list(material.dataset.labels.values())
+    prompting, labels = read_prompting(prompts_for(material.config.model)), material.dataset.labels
+    # By the classes' names: what is held out is for tests.
+    texts = [material.texts.ask_names(labels)] if material.texts else []
     scores = []
     group = learner.accelerator
     for case in material.validation[group.process_index :: group.num_processes]:
         truth = material.load(case)
-        [drawn] = segment_draws(predictor, truth, prompting, [np.random.default_rng(0)], numbers=numbers)
+        rngs = [np.random.default_rng(0)]
+        [drawn] = segment_draws(predictor, truth, prompting, rngs, numbers=list(labels.values()), texts=texts)
         for number in material.dataset.labels.values():
             a, b = drawn.label == number, truth.label == number
             if total := int(a.sum() + b.sum()):
@@ -230,10 +235,13 @@ def _any(mine: bool, learner: Learner) -> bool:
     return bool(learner.accelerator.reduce(torch.tensor(float(mine), device=learner.device)))
 
 
+_FOUND = ("window", "image_size", "class_names", "text_width")  # settings that the data, or CLIP, may tell
+
+
 def _check_same(config: RunConfig, run: RunFolder, prepared: bool = True) -> None:
     """Raises UserError for a setting that is another than the run's; before `prepare` not for what it finds out."""
     before, asked = as_values(run.load_config()), as_values(config)
-    unknown = set() if prepared else {name for name in ("window", "image_size", "class_names") if asked[name] is None}
+    unknown = set() if prepared else {name for name in _FOUND if asked[name] is None}
     counted = asked["strategy"] == "all" or asked["exemplar_percent"] or asked["exemplar_file"]
     unknown |= {"exemplars"} if counted and not prepared else set()
     for name, value in asked.items():

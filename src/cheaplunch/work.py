@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -14,9 +15,14 @@ from cheaplunch.augmentation import augment
 from cheaplunch.config import RunConfig, training_prompting
 from cheaplunch.data.slices import as_rgb
 from cheaplunch.material import Material
+from cheaplunch.models.text import TextBank
 from cheaplunch.prompts import Prompts, SimulatedUser, jitter_box, tight_box, training_points
 from cheaplunch.synthesis import Batch, derive_seed, draw_empty
+from cheaplunch.texts import Phrasings
 
+Item = TypeVar("Item")
+
+UNION_SHARE, ABSENT_SHARE = 0.25, 0.25  # of the texts that an image is asked with (MSA: not stated)
 BOX_JITTER = 20 / 1024  # of the side: MedSAM's training boxes are up to so much too wide, on each side
 
 
@@ -116,6 +122,9 @@ def draw_work(material: Material, step: int, offsets: Sequence[int]) -> Work:
     around = (seen, torch.tensor(places)) if depth > 1 else (None, None)
     if config.model.head == "classes":
         return Work(images, batch.labels[:, None], Prompts(), batch.sizes, drawn, *around)
+    if material.texts is not None:
+        masks, prompts = _ask_by_text(material.texts, batch.labels.cpu(), material, step, offsets)
+        return Work(images, masks, prompts, batch.sizes, drawn, *around)
     targets, points = [], []
     for label, offset in zip(batch.labels.cpu(), offsets, strict=True):
         generator = _generator(seed, "prompts", step, offset)
@@ -142,6 +151,55 @@ def _prompts(
         rng, jitter_px = np.random.default_rng(seed), BOX_JITTER * masks.shape[-1]
         boxes.append([jitter_box(tight_box(target), (height, width), jitter_px, rng) for target in targets])
     return Prompts(boxes_xyxy=torch.tensor(boxes, dtype=torch.float32))
+
+
+def _ask_by_text(
+    bank: TextBank, labels: Tensor, material: Material, step: int, offsets: Sequence[int]
+) -> tuple[Tensor, Prompts]:
+    """Targets (B, P, S, S) on images with such labels (B, S, S), and the texts that ask for them."""
+    count, masks, texts = material.config.training.prompts_per_image, [], list[str]()
+    for label, offset in zip(labels, offsets, strict=True):
+        asked = draw_texts(label, count, bank.phrasings, _generator(material.config.seed, "prompts", step, offset))
+        masks.append(torch.stack([mask for _, mask in asked]))
+        texts += [text for text, _ in asked]
+    return torch.stack(masks), Prompts(texts=bank.vectors(texts).unflatten(0, (len(labels), count)))
+
+
+def draw_texts(label: Tensor, count: int, phrasings: Phrasings, generator: torch.Generator) -> list[tuple[str, Tensor]]:
+    """What an image with such a label (S, S) is asked: `count` texts, each with the mask (S, S) bool that it asks for.
+
+    A text says nothing of whether its class is there, and so the network has to learn what to do where it is not. Of
+    the texts UNION_SHARE are of several classes, whose union is the target; of the others ABSENT_SHARE are of classes
+    that the image does not show, and the rest of those that it does, each in turn in an order drawn at random.
+    """
+    names = list(phrasings.training)
+    shown = [k for k in range(1, len(names) + 1) if (label == k).any()]
+    turns = {True: _in_turn(shown, generator), False: _in_turn(_others(len(names), shown), generator)}
+    asked = []
+    for several, absent in torch.rand(count, 2, generator=generator).tolist():
+        if phrasings.unions and several < UNION_SHARE:
+            union = _any_of(phrasings.unions, generator)
+            wanted = [1 + names.index(name) for name in union.classes]
+            asked.append((union.text, torch.isin(label, torch.tensor(wanted, dtype=label.dtype))))
+            continue
+        k = next(turns[False], None) if absent < ABSENT_SHARE or not shown else None
+        k = next(turns[True]) if k is None else k
+        asked.append((_any_of(phrasings.training[names[k - 1]], generator), label == k))
+    return asked
+
+
+def _others(count: int, shown: Sequence[int]) -> list[int]:
+    return [k for k in range(1, count + 1) if k not in shown]
+
+
+def _in_turn(classes: Sequence[int], generator: torch.Generator) -> Iterator[int]:
+    """Without end, in an order of its own each time around; nothing where there are none."""
+    while classes:
+        yield from (classes[place] for place in torch.randperm(len(classes), generator=generator).tolist())
+
+
+def _any_of(items: Sequence[Item], generator: torch.Generator) -> Item:
+    return items[int(torch.randint(len(items), (1,), generator=generator))]
 
 
 def draw_targets(label: Tensor, count: int, classes: int, generator: torch.Generator) -> Tensor:

@@ -105,7 +105,7 @@ _PROMPTS = {
     "box": "one box a class and slice",
     "clicks": "{} clicks a class and slice, each in the largest error",
     "one-click": "one point a class and volume",
-    "text": "class names as text",
+    "text": "each class by a text, on every slice",
     "auto": "no prompts",
 }
 

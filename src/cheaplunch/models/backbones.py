@@ -6,7 +6,6 @@ Where weights come from stands in `weights.py`, what their tensors are called in
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +21,7 @@ from cheaplunch.errors import UserError
 from cheaplunch.models.layouts import State, fill, our_names, read_checkpoint, resize_positions
 from cheaplunch.models.sam import AS_IS, IMAGENET, PixelNorm, Sam
 from cheaplunch.models.tiny_vit import TinyViT, TinyViTConfig
-from cheaplunch.models.weights import Folder, HubFile, PackagedFile, Source, weights_in
+from cheaplunch.models.weights import Folder, HubFile, PackagedFile, Source, is_hub_id, weights_in
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ def get_backbone(name: str) -> Backbone:
         return BACKBONES[name]
     if Path(name).is_dir():
         return _from_config(name, Path(name), Folder(Path(name)))
-    if _is_hub_id(name):
+    if is_hub_id(name):
         source = HubFile(name, needs_config=True)
         config = source.cached("config.json")
         if config is None:
@@ -116,7 +115,7 @@ def fetch_weights(name: str, source: Path | None = None) -> Path:
     What was fetched fits its network, tensor by tensor, or UserError says why not.
     """
     name = ALIASES.get(name, name)
-    if name not in BACKBONES and not Path(name).is_dir() and _is_hub_id(name):  # its config.json comes first
+    if name not in BACKBONES and not Path(name).is_dir() and is_hub_id(name):  # its config.json comes first
         return HubFile(name, needs_config=True).fetch(name, source, lambda path: _check_fits(get_backbone(name), path))
     backbone = get_backbone(name)
     if backbone.source is None:
@@ -246,10 +245,6 @@ def _from_config(name: str, folder: Path, source: Source) -> Backbone:
 
 
 _SIZED = ("vision_config", "prompt_encoder_config")
-
-
-def _is_hub_id(name: str) -> bool:
-    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None
 
 
 # --- the table -------------------------------------------------------------------------------------------------------

@@ -123,21 +123,23 @@ def trained_modules(head: Head, training_prompts: str = "point", classes: int = 
 
     As SAMed_s: everything of the decoder but its transformer, and the prompt encoder's embeddings. Of a prompted
     network, what no loss reaches stays as it was: the spare tokens' networks, the IoU head, and of the prompt encoder
-    what `training_prompts` (point, box or clicks) do not use. Of a prompt-free one all is trained, reached or not, so
-    that it is SAMed's.
+    what `training_prompts` (point, box, clicks or text) do not use. Of a prompt-free one all is trained, reached or
+    not, so that it is SAMed's.
     """
     decoder = ["iou_token", "mask_tokens", "upscale_conv1", "upscale_layer_norm", "upscale_conv2"]
     decoder += ["iou_prediction_head"] if head == "classes" else []
     outputs = range(classes + 1) if head == "classes" else (BACKGROUND, TARGET)
     decoder += [f"output_hypernetworks_mlps.{token}" for token in outputs]
     prompts = [*_PROMPT_MODULES[training_prompts], "no_mask_embed"]
-    return [*(f"prompt_encoder.{name}" for name in prompts), *(f"mask_decoder.{name}" for name in decoder)]
+    texts = ["text_projection"] if training_prompts == "text" else []
+    return [*(f"prompt_encoder.{name}" for name in prompts), *(f"mask_decoder.{name}" for name in decoder), *texts]
 
 
 _PROMPT_MODULES = {
     "point": ("point_embed.1", "not_a_point_embed"),
     "box": ("point_embed.2", "point_embed.3"),
     "clicks": ("point_embed.0", "point_embed.1", "not_a_point_embed", "mask_embed"),
+    "text": (),
     "none": (*(f"point_embed.{kind}" for kind in range(4)), "not_a_point_embed", "mask_embed"),
 }
 """Kind of prompts → what of the prompt encoder they use: points off and on the target, the corners of boxes, a pad."""

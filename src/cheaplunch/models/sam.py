@@ -53,6 +53,8 @@ class Sam(nn.Module):
         self.vision_encoder = vision_encoder
         self.prompt_encoder = model.prompt_encoder
         self.mask_decoder = model.mask_decoder
+        self.text_projection: nn.Module | None = None
+        """Embeddings of texts (…, E) → prompt tokens (…, tokens, 256), where the network is asked by texts."""
         self.register_buffer("pixel_mean", torch.tensor(norm.mean)[:, None, None], persistent=False)  # (3, 1, 1)
         self.register_buffer("pixel_std", torch.tensor(norm.std)[:, None, None], persistent=False)
 
@@ -77,25 +79,24 @@ class Sam(nn.Module):
         point_labels: Tensor | None = None,
         boxes_xyxy: Tensor | None = None,
         masks: Tensor | None = None,
+        texts: Tensor | None = None,
         multimask: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """B embeddings, P prompts on each → logits (B, P, O, 4 h, 4 w) and predicted IoU (B, P, O) of O outputs.
 
-        Points (B, P, K, 2) with labels (B, P, K), boxes (B, P, 4), both in px of the input, and masks
-        (B, P, 4 h, 4 w) of logits; any of them, or none, which is one prompt an image. O is 1, or with `multimask`
-        the other tokens' outputs. The batch stays B: every image has its own prompts.
+        Points (B, P, K, 2) with labels (B, P, K), boxes (B, P, 4), both in px of the input, masks (B, P, 4 h, 4 w) of
+        logits, and texts (B, P, E) for the `text_projection`; any of them, or none, which is one prompt an image. O is
+        1, or with `multimask` the other tokens' outputs. The batch stays B: every image has its own prompts.
         """
-        prompts = (points_xy, point_labels, boxes_xyxy)
+        prompts = (points_xy, point_labels, boxes_xyxy, texts)
         if masks is None:
             return self._decode(embeddings, *prompts, None, multimask)
         # transformers takes one mask an image: so each prompt gets an image of its own, and comes back to its image.
         batch, count = masks.shape[:2]
-        points_xy, point_labels, boxes_xyxy = (None if t is None else t.flatten(0, 1)[:, None] for t in prompts)
+        prompts = (None if t is None else t.flatten(0, 1)[:, None] for t in prompts)
         logits, quality = self._decode(
             embeddings.repeat_interleave(count, 0),  # (B P, 256, h, w)
-            points_xy,
-            point_labels,
-            boxes_xyxy,
+            *prompts,
             masks.flatten(0, 1)[:, None],  # (B P, 1, 4 h, 4 w)
             multimask,
         )  # (B P, 1, O, …)
@@ -107,11 +108,15 @@ class Sam(nn.Module):
         points_xy: Tensor | None,
         point_labels: Tensor | None,
         boxes_xyxy: Tensor | None,
+        texts: Tensor | None,
         masks: Tensor | None,
         multimask: bool,
     ) -> tuple[Tensor, Tensor]:
         with torch.autocast(embeddings.device.type, enabled=False):  # bf16 positions of near pixels would coincide
             sparse, dense = self.prompt_encoder(points_xy, point_labels, boxes_xyxy, masks)
+            if texts is not None:
+                tokens = self._project(texts)  # (B, P, tokens, 256)
+                sparse = tokens if sparse is None else torch.cat([sparse, tokens], dim=2)
             positions = self.positions()  # (1, 256, h, w)
         return self.mask_decoder(
             image_embeddings=embeddings,
@@ -120,6 +125,11 @@ class Sam(nn.Module):
             dense_prompt_embeddings=dense,  # (B or 1, 256, h, w)
             multimask_output=multimask,
         )
+
+    def _project(self, texts: Tensor) -> Tensor:
+        if self.text_projection is None:
+            raise ValueError("the network was not built for texts")
+        return self.text_projection(texts)
 
     def checkpoint_encoder(self) -> None:
         """Keeps each encoder block's input only, in training, and computes the block again for its gradients."""

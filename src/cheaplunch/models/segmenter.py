@@ -36,6 +36,7 @@ from cheaplunch.models.lora import (
     train_in_full,
 )
 from cheaplunch.models.sam import AS_IS, Sam
+from cheaplunch.models.text import TextProjection
 from cheaplunch.prompts import Prompts
 
 Asking = Callable[[Callable[[Prompts], Tensor]], Prompts]
@@ -95,6 +96,7 @@ class Segmenter(nn.Module):
             prompts.point_labels,
             prompts.boxes_xyxy,
             prompts.masks,
+            prompts.texts,
             multimask=self.head != "single",
         )
         if self.head == "two":
@@ -206,10 +208,14 @@ def _adapt(network: Sam, config: ModelConfig) -> Sam | PeftModel:
         make_class_outputs(network, classes)
     else:
         make_two_outputs(network, config.head_start)
-    whole = trained_modules(config.head, training_prompting(config)[0], classes)
+    kind, _ = training_prompting(config)
+    if kind == "text":
+        width = network.prompt_encoder.hidden_size
+        network.text_projection = TextProjection(config.text_width or 0, width, torch.default_generator)
+    whole = trained_modules(config.head, kind, classes)
     if config.tuning == "adapter":
         settings = AdapterSettings(config.adapter_parts, config.adapter_width, config.adapter_scale)
-        head = [name for name in whole if name.startswith("mask_decoder.")]
+        head = [name for name in whole if not name.startswith("prompt_encoder.")]
         add_adapters(network, settings, torch.default_generator, whole if config.adapter_prompts else head)
         return network
     if config.tuning == "full":

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -256,6 +257,10 @@ class HubFile:
 def weights_in(folder: Path, files: Sequence[str] = FOLDER_FILES) -> Path | None:
     """The weights in a folder: the first of `files` that is there."""
     return next((path for file in files if (path := folder / file).is_file()), None)
+
+
+def is_hub_id(name: str) -> bool:
+    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None
 
 
 def endpoint() -> str:
