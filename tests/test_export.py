@@ -15,7 +15,8 @@ import torch
 from PIL import Image
 
 from cheaplunch import export as room
-from cheaplunch.__main__ import EXPORT_FORMATS, main
+from cheaplunch.__main__ import main
+from cheaplunch.cli.use import EXPORT_FORMATS
 from cheaplunch.config import build_config, override, save_config
 from cheaplunch.errors import UserError
 from cheaplunch.models import onnx_graphs
