@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.utils import logging as hub_logging
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
@@ -28,6 +31,7 @@ from cheaplunch.texts import Phrasings, Union
 TOKENS = 4  # prompt tokens a text; a box is two
 AT_ONCE = 64  # texts
 LISTED = 6  # texts in a message
+CLIP_FILES = ["*.json", "merges.txt", "model.safetensors", "pytorch_model.bin"]  # of a repository on the hub
 _SAME = 1e-3  # largest difference of one text's embedding here and there, relative to how far texts lie apart
 
 
@@ -56,9 +60,10 @@ class TextTower:
             raise UserError(f"--clip {name}: no such folder, nor a hub id (owner/name); give a folder with CLIP in it")
         try:
             with _quiet():
-                tokenizer = CLIPTokenizer.from_pretrained(name)
+                folder = name if Path(name).is_dir() else _from_hub(name)
+                tokenizer = CLIPTokenizer.from_pretrained(folder)
                 found: Any = CLIPTextModelWithProjection.from_pretrained(
-                    name, dtype=torch.float32, output_loading_info=True
+                    folder, dtype=torch.float32, output_loading_info=True
                 )
                 model, loading = found
         except Exception as error:  # the hub's client lets through what five libraries raise
@@ -93,16 +98,23 @@ class TextTower:
         return torch.cat(parts)
 
 
+def _from_hub(name: str) -> str:
+    """The folder of a repository in the hub's cache, fetched where it is not there; one try, not one a file."""
+    return snapshot_download(name, allow_patterns=CLIP_FILES, endpoint=os.environ.get("HF_ENDPOINT"))
+
+
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' bar, and its list of the image tower's tensors, which are not wanted."""
-    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    """Without transformers' bar and its list of the image tower's tensors, and the hub's word on each of its tries."""
+    verbosity, bar, of_hub = logging.get_verbosity(), logging.is_progress_bar_enabled(), hub_logging.get_verbosity()
     logging.set_verbosity_error()
+    hub_logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(verbosity)
+        hub_logging.set_verbosity(of_hub)
         if bar:
             logging.enable_progress_bar()
 
