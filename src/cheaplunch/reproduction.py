@@ -34,7 +34,7 @@ from cheaplunch.evaluation.papers import MEAN, PaperRow, PaperTable, class_key, 
 from cheaplunch.evaluation.tables import describe_prompts
 from cheaplunch.files import write_json, write_text
 from cheaplunch.prompting import Prompting, read_prompting
-from cheaplunch.runs import RunFolder
+from cheaplunch.runs import RunFolder, read_json
 
 OF_THE_PLACE = frozenset({"data", "device", "weights"})  # may change from machine to machine
 FORMATS_WRITTEN = (".md", ".csv", ".html")
@@ -253,8 +253,7 @@ def check_earlier(jobs: Sequence[Job], fingerprint: str) -> None:
                 del resolved["exemplars"]
             same = True
             if job.run.environment.is_file():
-                about = json.loads(job.run.environment.read_text(encoding="utf-8"))
-                same = about["data_fingerprint"] == fingerprint
+                same = read_json(job.run.environment).get("data_fingerprint") == fingerprint
             _check_same(job.run.root, as_values(job.run.load_config()), resolved, same)
 
 
