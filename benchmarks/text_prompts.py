@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--clip", type=Path, metavar="DIR", help="CLIP (default: a text tower drawn at random)")
     parser.add_argument("--method", default="cheap-lunch", help="cheap-lunch, msa, … (default: %(default)s)")
     parser.add_argument("--exemplars", type=int, default=9, metavar="N")
-    parser.add_argument("--steps", type=int, default=500, metavar="N", help="of one image (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=1000, metavar="N", help="of one image (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="N")
     options = parser.parse_args()
     runtime.keep_freed_memory()

@@ -43,6 +43,29 @@ def test_dice_is_of_each_mask_so_that_a_small_one_counts_as_a_large_one():
     assert segmentation_loss(outputs, truth, 0, 1).item() == pytest.approx(0.5, abs=1e-6)
 
 
+def test_together_what_is_marked_for_a_target_that_is_not_there_costs():
+    # A mask found, and an empty one of which half is marked: Dice is 2 · 50 / (50 + 50 + 50) of both, 1 and 0 of each.
+    truth = torch.zeros(1, 2, 10, 10, dtype=torch.bool)
+    truth[0, 0, :, :5] = True
+    logits = torch.full((1, 2, 10, 10), -40.0)
+    logits[..., :5] = 40.0
+    logits.requires_grad_()
+    outputs = torch.stack([torch.zeros_like(logits), logits], dim=2)
+    assert segmentation_loss(outputs, truth, 0, 1, together=True).item() == pytest.approx(1 / 3, abs=1e-6)
+    assert segmentation_loss(outputs, truth, 0, 1).item() == pytest.approx(0.5, abs=1e-6)
+    soft = outputs / 80
+    for together in (True, False):
+        [gradient] = torch.autograd.grad(segmentation_loss(soft, truth, 0, 1, together), logits, retain_graph=True)
+        assert (
+            (gradient[0, 1] > 0).all() == together == gradient[0, 1].any()
+        )  # less would be better, or is all the same
+    # Images stay apart: of two, the mean.
+    both = segmentation_loss(
+        torch.cat([outputs, outputs[:, [0, 0]]]), truth[:, [0, 1, 0, 0]].view(2, 2, 10, 10), 0, 1, True
+    )
+    assert both.item() == pytest.approx(1 / 6, abs=1e-6)
+
+
 def test_targets_come_to_coarser_outputs():
     # 4 × 4 targets, 2 × 2 outputs: the middles of the quarters are read, and a perfect answer costs nothing.
     target = torch.zeros(1, 4, 4, dtype=torch.bool)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 
 from cheaplunch.checkpoints import restore_tensors, trained_tensors
-from cheaplunch.config import RunConfig, TrainingConfig, slab_slices, training_prompting
+from cheaplunch.config import ModelConfig, RunConfig, TrainingConfig, asked_by_text, slab_slices, training_prompting
 from cheaplunch.errors import UserError
 from cheaplunch.losses import class_loss, segmentation_loss
 from cheaplunch.models.segmenter import Segmenter, build_segmenter
@@ -38,7 +39,7 @@ class Learner:
             network.checkpoint_encoder()
         if self.config.compile:
             network.vision_encoder.compile()
-        self.loss_of = class_loss if self.segmenter.head == "classes" else segmentation_loss
+        self.loss_of = _loss_of(config.model)
         self.draws = any(
             getattr(module, "p", 0) for module in self.segmenter.modules() if "Drop" in type(module).__name__
         )
@@ -97,6 +98,13 @@ class Learner:
         restore_tensors(self.segmenter, state["trained"], source)
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
+
+
+def _loss_of(model: ModelConfig) -> Callable[..., torch.Tensor]:
+    """(outputs, targets, λ1, λ2) → a scalar."""
+    if model.head == "classes":
+        return class_loss
+    return partial(segmentation_loss, together=asked_by_text(model))
 
 
 def build_optimizer(segmenter: torch.nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:

@@ -7,12 +7,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def segmentation_loss(outputs: Tensor, targets: Tensor, ce_weight: float, dice_weight: float) -> Tensor:
+def segmentation_loss(
+    outputs: Tensor, targets: Tensor, ce_weight: float, dice_weight: float, together: bool = False
+) -> Tensor:
     """Outputs (…, 2, h, w), background and target, against targets (…, H, W) bool, at least one leading axis: a scalar.
 
     Where an encoder's outputs are coarser than its input the targets are brought to them, as SAMed does.
     Soft Dice is of the target, per mask, over the probabilities: 1 − 2|P·T| / (|P| + |T|), as SAMed's without
-    the squares; cross-entropy is over both outputs, per pixel.
+    the squares; cross-entropy is over both outputs, per pixel. A mask that should be empty has a Dice loss of 1
+    whatever it is, and so no gradient; with `together` the masks (…, P, 2, h, w) of an image, of prompts that may ask
+    for what it does not show, count as one mask P times as large.
     """
     flat, truth = outputs.flatten(0, -4), targets.flatten(0, -3)  # (M, 2, h, w), (M, H, W)
     truth = _at(truth, flat.shape[-2:])  # (M, h, w)
@@ -21,6 +25,8 @@ def segmentation_loss(outputs: Tensor, targets: Tensor, ce_weight: float, dice_w
     truth = truth.to(probability.dtype)
     overlap = (probability * truth).sum(dim=(1, 2))
     total = probability.sum(dim=(1, 2)) + truth.sum(dim=(1, 2))
+    if together:
+        overlap, total = (one.unflatten(0, outputs.shape[:-3]).sum(dim=-1) for one in (overlap, total))
     dice = 1 - 2 * overlap / total.clamp(min=1e-6)
     return ce_weight * cross_entropy + dice_weight * dice.mean()
 

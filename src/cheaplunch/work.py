@@ -22,7 +22,7 @@ from cheaplunch.texts import Phrasings
 
 Item = TypeVar("Item")
 
-UNION_SHARE, ABSENT_SHARE = 0.25, 0.25  # of the texts that an image is asked with (MSA: not stated)
+UNION_SHARE, ABSENT_SHARE = 0.25, 0.5  # of the texts that an image is asked with (MSA: not stated)
 BOX_JITTER = 20 / 1024  # of the side: MedSAM's training boxes are up to so much too wide, on each side
 
 

@@ -71,12 +71,12 @@ def test_a_text_too_long_is_refused_and_not_cut(tiny_clip):
 # ---- what a run keeps
 
 
-def test_what_the_network_is_given_is_centred_and_of_size_one(bank):
+def test_what_the_network_is_given_is_centred_and_of_length_one(bank):
     trained = [text for texts in bank.phrasings.training.values() for text in texts]
     vectors = bank.vectors(trained)
     assert vectors.shape == (len(trained), bank.width) == (len(trained), 24)
     torch.testing.assert_close(vectors.mean(dim=0), torch.zeros(24), atol=1e-5, rtol=0)
-    assert vectors.square().mean().item() == pytest.approx(1, abs=1e-4)
+    assert vectors.square().sum(dim=1).mean().item() == pytest.approx(1, abs=1e-4)
 
 
 def test_kept_texts_need_no_clip(bank, tmp_path):
@@ -111,11 +111,12 @@ def test_other_texts_are_embedded_by_the_same_clip_alone(bank, tiny_clip, tmp_pa
 # ---- the network
 
 
-def test_the_projection_starts_as_large_as_sam_s_own_embeddings():
+def test_the_projection_starts_alike_for_all_texts_and_as_large_as_sam_s_own_embeddings():
     projection = TextProjection(512, 256, torch.Generator().manual_seed(0))
     tokens = projection(torch.randn(3, 5, 512, generator=torch.Generator().manual_seed(1)))
     assert tokens.shape == (3, 5, TOKENS, 256)
-    assert tokens.std().item() == pytest.approx(1, abs=0.05)
+    assert tokens[0, 0].std().item() == pytest.approx(1, abs=0.05)
+    assert torch.equal(tokens, tokens[:1, :1].expand_as(tokens))
 
 
 @pytest.mark.parametrize("tuning", ["lora", "adapter", "decoder", "full"])
@@ -126,6 +127,9 @@ def test_the_text_decides_and_only_its_projection_is_trained_of_the_prompts(tuni
     assert not any("point_embed" in name or "mask_embed." in name.replace("no_mask_embed", "") for name in trained)
     texts = bank.vectors(["optic disc", "block"])[None].expand(2, -1, -1)  # (B, P, E)
     images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    for name, weight in segmenter.named_parameters():
+        if "text_projection" in name and weight.ndim == 2:
+            torch.nn.init.normal_(weight, generator=torch.Generator().manual_seed(1))  # as if learned
     outputs = segmenter(images, Prompts(texts=texts))
     assert outputs.shape == (2, 2, 2, 16, 16)
     assert not torch.allclose(outputs[:, 0], outputs[:, 1])

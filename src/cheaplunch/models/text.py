@@ -39,11 +39,14 @@ class TextProjection(nn.Module):
     """The embedding of a text → prompt tokens, one linear layer: (…, E) → (…, TOKENS, C)."""
 
     def __init__(self, width: int, dim: int, generator: torch.Generator):
-        """Of embeddings whose numbers are of size 1, tokens start that large too, as SAM's embeddings of places are."""
+        """Every text starts as the same tokens, as large as SAM's embeddings of places, and what is learned parts them.
+
+        With weights at random, what is new in a text not trained with would pass through what training never touched.
+        """
         super().__init__()
         self.linear = nn.Linear(width, TOKENS * dim)
-        nn.init.normal_(self.linear.weight, std=width**-0.5, generator=generator)
-        nn.init.zeros_(self.linear.bias)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.normal_(self.linear.bias, generator=generator)
 
     def forward(self, texts: Tensor) -> Tensor:
         return self.linear(texts).unflatten(-1, (TOKENS, -1))
@@ -123,7 +126,8 @@ class TextBank:
     """The texts of a run with their embeddings; others are embedded by CLIP, which is looked for only then.
 
     CLIP's embeddings of texts lie close together, away from zero. What the network is given is the difference to the
-    mean over the texts to train with, divided by the root mean square of those differences.
+    mean over the texts to train with, divided by the root mean square length of those differences: a step of Adam moves
+    every weight of the projection by the same, and with 512 numbers of size 1 a few would throw the tokens about.
     """
 
     def __init__(self, phrasings: Phrasings, embeddings: Mapping[str, Tensor], clip: str, source: str = "the run"):
@@ -135,7 +139,7 @@ class TextBank:
         trained = [text for texts in phrasings.training.values() for text in texts]
         known = torch.stack([embeddings[text] for text in trained])  # (N, E)
         self._centre = known.mean(dim=0)
-        self._scale = (known - self._centre).square().mean().sqrt().clamp(min=1e-6)
+        self._scale = (known - self._centre).square().sum(dim=-1).mean().sqrt().clamp(min=1e-6)
 
     @classmethod
     def embedded(cls, phrasings: Phrasings, clip: str) -> TextBank:
@@ -174,7 +178,7 @@ class TextBank:
                 f"take one of them, or let CLIP embed it: {error}"
             ) from error
         first, *found = tower([known[0], *texts])
-        if first.shape != self._centre.shape or (first - self._embeddings[known[0]]).abs().max() > _SAME * self._scale:
+        if first.shape != self._centre.shape or (first - self._embeddings[known[0]]).norm() > _SAME * self._scale:
             raise UserError(f"--clip {self._clip} is another CLIP than {self._source} learned with; give that one")
         self._embeddings |= dict(zip(texts, found, strict=True))
 
