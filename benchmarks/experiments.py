@@ -126,7 +126,7 @@ PROMPTED = {  # and how each is asked: as it was trained
 }
 PROMPT_FREE = ("samed", "samed-s", "linear-probe")
 PLAIN = {"unet": 2000, "attention-unet": 2000, "segresnet": 1000, "unetr": 600, "swin-unetr": 600, "transunet": 600}
-PLAIN_3D = {"unet-3d": 300, "attention-unet-3d": 300, "segresnet-3d": 200, "unetr-3d": 200, "swin-unetr-3d": 150}
+PLAIN_3D = {"unet-3d": 300, "attention-unet-3d": 900, "segresnet-3d": 200, "unetr-3d": 200, "swin-unetr-3d": 150}
 TELLING = ("cheap-lunch", "medsam", "msa", "samed", "unet", "attention-unet")
 CONTROLS = ("samed-s", "linear-probe", "decoder-only", "lora-encoder-only")  # with few exemplars alone
 

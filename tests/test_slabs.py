@@ -21,13 +21,18 @@ from cheaplunch.data.layouts import open_dataset
 from cheaplunch.data.slices import Frame, Window, as_rgb
 from cheaplunch.data.volume import Grid, Volume
 from cheaplunch.errors import UserError
+from cheaplunch.exemplars import SliceKey
 from cheaplunch.interactive import OpenCase
 from cheaplunch.learner import Learner, start_processes
+from cheaplunch.losses import UNLABELLED, class_loss
 from cheaplunch.material import pick_window, prepare
+from cheaplunch.methods import METHODS
 from cheaplunch.models.lora import ADAPTER_FILE, save_adapter
 from cheaplunch.models.segmenter import Segmenter, build_segmenter, load_segmenter
 from cheaplunch.prediction import Predictor, carry_click, segment_auto, segment_with_oracle
+from cheaplunch.prompts import Prompts
 from cheaplunch.runs import RunFolder
+from cheaplunch.synthesis import derive_seed, draw, move_labels, render
 from cheaplunch.training import finetune
 from cheaplunch.work import draw_work
 
@@ -370,16 +375,21 @@ def test_a_labelled_slice_is_anywhere_in_its_slab_and_so_is_one_without_organs(t
     found = set()  # (case, slice, its place)
     for step in range(10):
         work = draw_work(material, step, range(8))
-        shown = (work.slabs, work.targets[:, 0], work.places.tolist(), work.images)
-        for slab, target, place, image in zip(*shown, strict=True):
-            assert torch.equal(slab[place], image)
+        assert work.places is None and work.targets.shape == (8, 4, 32, 32)
+        for slab, targets, image in zip(work.slabs, work.targets, work.images, strict=True):
+            place = next(place for place, seen in enumerate(slab) if torch.equal(seen, image))
             [(id_, start)] = [
                 (id_, start)
                 for id_, (images, _) in volumes.items()
                 for start in range(3)
                 if torch.allclose(images[start : start + 4], slab, atol=1e-4)
             ]
-            assert torch.equal(volumes[id_][1][start + place], target)
+            # The two exemplars and what shows no organ are labelled, each where it is; nobody knows of the others.
+            shows = volumes[id_][1][start + place].any()
+            for number, target in enumerate(targets, start):
+                label = volumes[id_][1][number]
+                known = (id_, number) in (("case_0", 2), ("case_1", 3)) and shows or not label.any()
+                assert torch.equal(target, label if known else torch.full_like(target, UNLABELLED))
             found.add((id_, start + place, place))
     # Of six slices: the third can be at places 0 to 2, the fourth at 1 to 3, the first and the last at one alone.
     assert {each for each in found if each[1] in (2, 3)} == {
@@ -396,14 +406,40 @@ def test_the_last_slice_of_a_volume_that_is_too_short_is_repeated(tiny_dataset):
     assert not torch.equal(work.slabs[:, 4], work.slabs[:, 5])
 
 
+def test_all_labelled_slices_of_a_slab_are_learned_from(tiny_dataset):
+    """With all slices labelled; moved, scaled and turned, each label lies where its slice's organ does."""
+    settings = {**METHODS["full-set"], "empty_share": 0.0, "rotation_deg": 40.0, "shift": 0.2}
+    material = prepare(volumetric(tiny_dataset, batch_size=4, **settings))
+    work = draw_work(material, 0, range(4))
+    assert work.targets.shape == (4, 4, 32, 32) and not (work.targets == UNLABELLED).any()
+    assert len(work.targets.unique(dim=0)) == 4
+    own = material.slabs
+    for number, (slab, targets) in enumerate(zip(work.slabs, work.targets, strict=True)):
+        generator = torch.Generator().manual_seed(derive_seed(0, "sample", number))
+        plan = draw(material.pool, material.config.synthesis, generator)
+        key = own.exemplars[plan.exemplar]
+        [alone] = [render(material.pool, [plan], material.config.synthesis)]
+        [place] = [p for p in range(4) if torch.equal(as_rgb(alone.images)[0], slab[p])]
+        assert torch.equal(alone.labels[0], targets[place])
+        for beside, target in enumerate(targets, key.slice_number - place):
+            row = own.rows[SliceKey(key.case_id, beside)]
+            assert torch.equal(target, move_labels(own.labels[row][None], plan.ground)[0])
+    outputs = torch.randn(16, 1, 3, 32, 32, requires_grad=True)
+    unknown = work.targets.clone()
+    unknown[0, 2] = unknown[3, 0] = UNLABELLED
+    class_loss(outputs, unknown, 1.0, 1.0).backward()
+    assert (outputs.grad.flatten(1) == 0).all(dim=1).nonzero()[:, 0].tolist() == [2, 12]
+
+
 @torch.no_grad()
-def test_the_labelled_slice_alone_is_learned_from_and_all_slices_are_predicted(slices):
+def test_slabs_are_answered_and_predicted_as_wholes(slices):
     model = replace(volumetric(Path()).model, class_names=("disc", "block"))
     segmenter = build_segmenter(model).eval()
     slabs = torch.rand(2, 4, 3, 32, 32)
     whole, some = segmenter.embed_slabs(slabs), segmenter.embed(slabs, None, torch.tensor([3, 1]))
     assert whole.shape == (2, 4, 3, 32, 32)
     assert torch.equal(some, whole[[0, 1], [3, 1]])
+    assert torch.equal(segmenter(slabs, Prompts()), whole.flatten(0, 1)[:, None])
     predictor = Predictor(segmenter)
     framed = as_rgb(Frame(20, 32, 32).to_model(torch.from_numpy(slices)))
     slabs = {start: segmenter.embed_slabs(framed[None, start : start + 4])[0] for start in (0, 2, 4)}

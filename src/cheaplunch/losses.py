@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+UNLABELLED = 255  # throughout a label map: nobody said what the slice shows
+
 
 def segmentation_loss(
     outputs: Tensor, targets: Tensor, ce_weight: float, dice_weight: float, together: bool = False
@@ -34,12 +36,15 @@ def segmentation_loss(
 def class_loss(outputs: Tensor, labels: Tensor, ce_weight: float, dice_weight: float) -> Tensor:
     """Outputs (…, K + 1, h, w), background first, against label maps (…, H, W) of 0…K, uint8: a scalar.
 
+    Of those that are labelled, at least one.
+
     As SAMed's: cross-entropy per pixel, and the mean over all outputs, the background among them, of soft Dice over
     the whole batch with squares, 1 − 2 ΣPT / (ΣP² + ΣT²). A class that the batch does not show has a Dice loss of 1
     as soon as it is seen anywhere at all.
     """
     flat, truth = outputs.flatten(0, -4), labels.flatten(0, -3)  # (B, K + 1, h, w), (B, H, W)
-    truth = _at(truth, flat.shape[-2:]).long()
+    labelled = (truth != UNLABELLED).flatten(1).all(dim=1)
+    flat, truth = flat[labelled], _at(truth[labelled], flat.shape[-2:]).long()
     cross_entropy = F.cross_entropy(flat, truth)
     probability = flat.softmax(dim=1)
     shown = F.one_hot(truth, flat.shape[1]).movedim(-1, 1).to(probability.dtype)  # (B, K + 1, h, w)

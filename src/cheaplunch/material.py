@@ -30,6 +30,7 @@ from cheaplunch.exemplars import (
     require_every_class,
     write_exemplars,
 )
+from cheaplunch.losses import UNLABELLED
 from cheaplunch.methods import VOLUMETRIC
 from cheaplunch.models.depth import slab_showing
 from cheaplunch.models.segmenter import training_size_px
@@ -44,6 +45,7 @@ from cheaplunch.synthesis import (
     draw_empty,
     fill_foreground,
     left_right_pairs,
+    move_labels,
     render,
     synthesize,
 )
@@ -67,15 +69,17 @@ class Slabs:
     """Slices of each case."""
     slices: Tensor
     """(M, C, S, S), as exemplars are."""
+    labels: Tensor
+    """(M, S, S) uint8: those of exemplars, 0 of slices without organs, and UNLABELLED of all others."""
     rows: Mapping[SliceKey, int]
-    """Where in `slices` each is."""
+    """Where in `slices` and `labels` each is."""
 
     def samples(
         self, pool: Pool, indices: Sequence[int], config: SynthesisConfig, seed: int
     ) -> tuple[Batch, list[int]]:
-        """Samples as `synthesize` makes them, but as slabs, (B, D · C, S, S), and the labelled slice's place in each.
+        """Samples as `synthesize` makes them, but as slabs, and the place in each of the exemplar that was drawn.
 
-        All slices of a slab are made as the labelled one is: the draws are the same.
+        Images (B, D · C, S, S), labels (B, D, S, S). All slices of a slab are made by the same draws.
         """
         made = [self._sample(pool, index, config, seed) for index in indices]
         parts = ([getattr(sample, name) for sample, _ in made] for name in ("images", "labels", "sizes"))
@@ -84,31 +88,44 @@ class Slabs:
     def _sample(self, pool: Pool, index: int, config: SynthesisConfig, seed: int) -> tuple[Batch, int]:
         generator = torch.Generator().manual_seed(derive_seed(seed, "sample", index))
         plan = draw(pool, config, generator)
-        slab, place = self._around(self.exemplars[plan.exemplar], generator)
+        slab, labels, place = self._around(self.exemplars[plan.exemplar], generator)
         own = slice(plan.exemplar, plan.exemplar + 1)
         alone = replace(pool, labels=pool.labels[own], sizes=pool.sizes[own])
         plan, images = replace(plan, exemplar=0), slab.to(pool.labels.device).split(1)
         parts = [render(replace(alone, images=image), [plan], config) for image in images]
-        return replace(parts[place], images=torch.cat([part.images for part in parts], dim=1)), place
+        moved = move_labels(labels.to(pool.labels.device), plan.ground)
+        if not moved[place].any():  # its organs left the image: `render` kept it, and so all others, unmoved
+            moved = labels.to(moved)
+        moved[(labels == UNLABELLED).all(dim=(1, 2))] = UNLABELLED  # what comes in at the edges is known of no slice
+        image = torch.cat([part.images for part in parts], dim=1)
+        return Batch(image, moved[None], parts[place].sizes), place
 
-    def empty(self, pool: Pool, config: SynthesisConfig, generator: torch.Generator) -> tuple[Tensor, Tensor, int]:
+    def empty(
+        self, pool: Pool, config: SynthesisConfig, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor, Tensor, int]:
         """A slice without organs among those around it, which may have some, as `draw_empty` transforms one.
 
-        → (D · C, S, S), its width and height (2,), and its place.
+        → (D · C, S, S), labels (D, S, S) of it and others without organs, its width and height (2,), and its place.
         """
         number = int(torch.randint(len(self.backgrounds), (1,), generator=generator))
-        slab, place = self._around(self.backgrounds[number], generator)
+        slab, labels, place = self._around(self.backgrounds[number], generator)
         alone = replace(pool, background_sizes=pool.background_sizes[number : number + 1])
         images = slab.to(pool.labels.device).split(1)
         parts = [draw_empty(replace(alone, backgrounds=i), config, generator.clone_state())[0] for i in images]
-        return torch.cat(parts), alone.background_sizes[0], place
+        shows = (labels != 0).flatten(1).any(dim=1)
+        labels = torch.where(shows[:, None, None], UNLABELLED, labels)  # those of organs would have to be moved
+        return torch.cat(parts), labels, alone.background_sizes[0], place
 
-    def _around(self, key: SliceKey, generator: torch.Generator) -> tuple[Tensor, int]:
-        """A slab (D, C, S, S) that shows the slice, and its place there; a short volume's last slice is repeated."""
+    def _around(self, key: SliceKey, generator: torch.Generator) -> tuple[Tensor, Tensor, int]:
+        """A slab (D, C, S, S) that shows the slice, its labels (D, S, S), and the slice's place there.
+
+        A short volume's last slice is repeated.
+        """
         place = int(torch.randint(self.depth, (1,), generator=generator)) if self.anywhere else self.depth // 2
         numbers = slab_showing(key.slice_number, self.counts[key.case_id], self.depth, place)
         rows = [self.rows[SliceKey(key.case_id, number)] for number in numbers]
-        return self.slices[rows + rows[-1:] * (self.depth - len(rows))], numbers.index(key.slice_number)
+        rows += rows[-1:] * (self.depth - len(rows))
+        return self.slices[rows], self.labels[rows], numbers.index(key.slice_number)
 
 
 @dataclass(frozen=True)
@@ -195,7 +212,7 @@ def prepare(config: RunConfig, progress: Progress | None = None, texts: Path | N
     dataset, index, exemplars = choose_exemplars(config, progress)
     bank = _open_texts(config, dataset, texts) if asked_by_text(config.model) else None
     cases = {case.id: case for case in dataset.split("train")}
-    free = background_slices(index)
+    free = organless = background_slices(index)
     if len(free) > MAX_BACKGROUNDS:
         rng = np.random.default_rng(derive_seed(config.seed, "backgrounds"))
         free = [free[i] for i in sorted(rng.choice(len(free), MAX_BACKGROUNDS, replace=False))]
@@ -227,6 +244,8 @@ def prepare(config: RunConfig, progress: Progress | None = None, texts: Path | N
         material = replace(material, stored=_open_set(material))
     if not around:
         return material
+    known = dict(zip(exemplars, labels, strict=True)) | dict.fromkeys(organless, torch.zeros_like(labels[0]))
+    nobody = torch.full_like(labels[0], UNLABELLED)
     slabs = Slabs(
         depth=slab_slices(config.model),
         anywhere=config.model.backbone in VOLUMETRIC,
@@ -234,6 +253,7 @@ def prepare(config: RunConfig, progress: Progress | None = None, texts: Path | N
         backgrounds=free,
         counts=counts,
         slices=_images_in_frame(around, slices, size),
+        labels=torch.stack([known.get(key, nobody) for key in around]),
         rows={key: row for row, key in enumerate(around)},
     )
     return replace(material, slabs=slabs)

@@ -96,7 +96,7 @@ class Batch:
     images: Tensor
     """(B, C, S, S) in [0, 1]."""
     labels: Tensor
-    """(B, S, S) uint8."""
+    """(B, S, S) uint8; of slabs (B, D, S, S)."""
     sizes: Tensor
     """Width and height in px (B, 2) that each image fills of its square."""
 
@@ -302,6 +302,12 @@ def read_places(
     rows = matrices[..., None, None].unbind(dim=1)  # (n, 3, 1, 1) each
     planes = [torch.addcmul(x * row[:, 0], y, row[:, 1]).add_(row[:, 2]) for row in rows]
     return torch.stack(planes, dim=1).movedim(1, 3)  # a view: each plane stays in one piece, which is read faster
+
+
+def move_labels(labels: Tensor, ground: Transforms) -> Tensor:
+    """Labels (n, S, S) of one volume's slices, transformed as their images are by one T: the same shape."""
+    places = read_places(ground.matrices.to(labels.device), [(0, 0)], labels.shape[-2:], 0, labels.shape[-1])
+    return nearest(labels.float(), places.expand(len(labels), -1, -1, -1))
 
 
 def nearest(labels: Tensor, places: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from cheaplunch.augmentation import augment
 from cheaplunch.config import RunConfig, training_prompting
 from cheaplunch.data.slices import as_rgb
 from cheaplunch.material import Material
+from cheaplunch.methods import VOLUMETRIC
 from cheaplunch.models.text import TextBank
 from cheaplunch.prompts import Prompts, SimulatedUser, jitter_box, tight_box, training_points
 from cheaplunch.synthesis import Batch, derive_seed, draw_empty
@@ -33,7 +34,8 @@ class Work:
     images: Tensor
     """(B, 3, S, S) in [0, 1]."""
     targets: Tensor
-    """(B, P, S, S) bool: the mask that each prompt asks for. Without prompts the label map (B, 1, S, S) of 0…K."""
+    """(B, P, S, S) bool: the mask that each prompt asks for. Without prompts the label map (B, 1, S, S) of 0…K, or of
+    networks of volumes those of all the slab's slices (B, D, S, S), some of which are UNLABELLED."""
     prompts: Prompts | ClickingUsers
     shown_px: Tensor
     """Width and height (B, 2) that each image fills of its square."""
@@ -42,7 +44,7 @@ class Work:
     slabs: Tensor | None = None
     """(B, D, 3, S, S): the images, each among the slices around it, for a network that sees several at once."""
     places: Tensor | None = None
-    """Of slabs, which slice of each the image is (B,)."""
+    """Of slabs, which slice of each the image is (B,); None where the network answers on all of them."""
 
     @property
     def seen(self) -> Tensor:
@@ -118,8 +120,13 @@ def draw_work(material: Material, step: int, offsets: Sequence[int]) -> Work:
     drawn = derive_seed(seed, "network", step, *offsets)
     depth = 1 if material.slabs is None else material.slabs.depth
     seen = as_rgb(batch.images.unflatten(1, (depth, -1)))  # (B, D, 3, S, S)
-    images = seen[torch.arange(len(places)), places]
-    around = (seen, torch.tensor(places)) if depth > 1 else (None, None)
+    each = torch.arange(len(places)), torch.tensor(places)
+    images = seen[each]
+    if config.model.backbone in VOLUMETRIC:
+        return Work(images, batch.labels, Prompts(), batch.sizes, drawn, seen)
+    around = (seen, each[1]) if depth > 1 else (None, None)
+    if depth > 1:
+        batch = replace(batch, labels=batch.labels[each])
     if config.model.head == "classes":
         return Work(images, batch.labels[:, None], Prompts(), batch.sizes, drawn, *around)
     if material.texts is not None:
@@ -227,10 +234,10 @@ def _put_empty(material: Material, batch: Batch, places: list[int], step: int, o
         generator = _generator(material.config.seed, "empty", step, offset)
         if torch.rand(1, generator=generator).item() < share:
             if material.slabs is None:
-                image, size = draw_empty(material.pool, synthesis, generator)
+                (image, size), label = draw_empty(material.pool, synthesis, generator), 0
             else:
-                image, size, places[n] = material.slabs.empty(material.pool, synthesis, generator)
-            batch.images[n], batch.labels[n], batch.sizes[n] = image, 0, size
+                image, label, size, places[n] = material.slabs.empty(material.pool, synthesis, generator)
+            batch.images[n], batch.labels[n], batch.sizes[n] = image, label, size
 
 
 def _generator(*parts: object) -> torch.Generator:

@@ -60,11 +60,14 @@ class Segmenter(nn.Module):
     def embed(self, images: Tensor, shown_px: Tensor | None = None, places: Tensor | None = None) -> Tensor:
         """(B, 3, S, S) in [0, 1] → (B, 256, S / stride, S / stride).
 
-        Of slabs (B, D, 3, S, S) it is the slices at `places` (B,) that are embedded, as ones that have seen the others.
+        Of slabs (B, D, 3, S, S) it is the slices at `places` (B,) that are embedded, as ones that have seen the others;
+        without places all of them, one after another (B · D, …).
         `shown_px` (B, 2) is each image's width and height in its square; see `Sam.encode` for what it does to padding.
         """
         if places is not None:
             return self.embed_slabs(images, shown_px)[torch.arange(len(places), device=places.device), places]
+        if images.ndim == 5:
+            return self.embed_slabs(images, shown_px).flatten(0, 1)
         return self.network.encode(images, shown_px)
 
     def embed_slabs(self, slabs: Tensor, shown_px: Tensor | None = None) -> Tensor:
