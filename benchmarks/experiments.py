@@ -167,8 +167,11 @@ def msa(dataset: str) -> list[Trained]:
         "encoder, decoder, prompt, pretrained": {"adapter_parts": parts[:3], "weights": PRETRAINED},
     }
     if dataset != "hippocampus":
-        two = ("encoder, decoder, prompt", "encoder, decoder, prompt, depth")
-        rows = {name: rows[name] for name in ("LoRA", *two[: 1 if dataset in ("hc18", "lgg") else 2])}
+        flat, deep_too = "encoder, decoder, prompt", "encoder, decoder, prompt, depth"
+        asked = {"adapter_parts": parts[:3], "adapter_prompts": True}
+        others = {f"{flat}, embeddings of prompts": asked}
+        others |= {deep_too: rows[deep_too]} if dataset == "chaos" else {}
+        rows = {"LoRA": rows["LoRA"], flat: rows[flat]} | others
     seeds = {name: THREE for name in ("no adapter", "encoder, decoder, prompt, depth") if dataset == "hippocampus"}
     return [
         Trained(name, "cheap-lunch" if name == "LoRA" else "msa", common | way, seeds.get(name, (0,)), FIVE)
