@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-UNLABELLED = 255  # throughout a label map: nobody said what the slice shows
+UNLABELLED = 255  # in a label map: nobody said what is there
 
 
 def segmentation_loss(
@@ -36,7 +36,7 @@ def segmentation_loss(
 def class_loss(outputs: Tensor, labels: Tensor, ce_weight: float, dice_weight: float) -> Tensor:
     """Outputs (…, K + 1, h, w), background first, against label maps (…, H, W) of 0…K, uint8: a scalar.
 
-    Of those that are labelled, at least one.
+    Maps with UNLABELLED pixels do not count; at least one must be without.
 
     As SAMed's: cross-entropy per pixel, and the mean over all outputs, the background among them, of soft Dice over
     the whole batch with squares, 1 − 2 ΣPT / (ΣP² + ΣT²). A class that the batch does not show has a Dice loss of 1
