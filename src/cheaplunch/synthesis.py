@@ -306,7 +306,8 @@ def read_places(
 
 def move_labels(labels: Tensor, ground: Transforms) -> Tensor:
     """Labels (n, S, S) of one volume's slices, transformed as their images are by one T: the same shape."""
-    places = read_places(ground.matrices.to(labels.device), [(0, 0)], labels.shape[-2:], 0, labels.shape[-1])
+    side = labels.shape[-1]
+    places = read_places(ground.matrices.to(labels.device), [(0, 0)], (side, side), 0, side)
     return nearest(labels.float(), places.expand(len(labels), -1, -1, -1))
 
 
