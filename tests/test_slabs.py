@@ -418,7 +418,7 @@ def test_all_labelled_slices_of_a_slab_are_learned_from(tiny_dataset):
         generator = torch.Generator().manual_seed(derive_seed(0, "sample", number))
         plan = draw(material.pool, material.config.synthesis, generator)
         key = own.exemplars[plan.exemplar]
-        [alone] = [render(material.pool, [plan], material.config.synthesis)]
+        alone = render(material.pool, [plan], material.config.synthesis)
         [place] = [p for p in range(4) if torch.equal(as_rgb(alone.images)[0], slab[p])]
         assert torch.equal(alone.labels[0], targets[place])
         for beside, target in enumerate(targets, key.slice_number - place):

@@ -124,9 +124,9 @@ def draw_work(material: Material, step: int, offsets: Sequence[int]) -> Work:
     images = seen[each]
     if config.model.backbone in VOLUMETRIC:
         return Work(images, batch.labels, Prompts(), batch.sizes, drawn, seen)
-    around = (seen, each[1]) if depth > 1 else (None, None)
-    if depth > 1:
-        batch = replace(batch, labels=batch.labels[each])
+    around = (None, None)
+    if material.slabs is not None:
+        around, batch = (seen, each[1]), replace(batch, labels=batch.labels[each])
     if config.model.head == "classes":
         return Work(images, batch.labels[:, None], Prompts(), batch.sizes, drawn, *around)
     if material.texts is not None:
